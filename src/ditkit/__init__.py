@@ -1,0 +1,1 @@
+"""ditkit: the library of diffusion transformers."""

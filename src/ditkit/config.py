@@ -1,0 +1,114 @@
+"""Frozen configuration, its JSON form, and the registry that gives names to both.
+
+Every configuration is a frozen dataclass registered as `kind/name` ("model/dit"). Its JSON is a plain object with
+that name under "type": a file names registry entries, never import paths, so reading one runs no foreign code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar, get_type_hints
+
+__all__ = ["DitkitError", "from_json", "lookup", "names", "near", "register", "register_name", "to_json"]
+
+T = TypeVar("T")
+
+
+class DitkitError(ValueError):
+    """What a person can cause and mend: one line that says what was wrong, where, and what to do."""
+
+
+_entries: dict[str, dict[str, Any]] = {}
+
+
+def register_name(kind: str, name: str, entry: Any) -> None:
+    """Make `entry` known as `kind/name`. Raises if the name is taken."""
+    entries = _entries.setdefault(kind, {})
+    if name in entries:
+        raise ValueError(f"{kind}/{name} is registered twice: {entries[name]} and {entry}")
+    entries[name] = entry
+
+
+def register(kind: str, name: str) -> Callable[[type[T]], type[T]]:
+    """Class decorator: a frozen dataclass that JSON files may name as `kind/name`."""
+
+    def decorate(cls: type[T]) -> type[T]:
+        if not dataclasses.is_dataclass(cls) or not cls.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+            raise TypeError(f"{cls.__name__} must be a frozen dataclass to be registered as {kind}/{name}")
+        register_name(kind, name, cls)
+        cls._registered_as = f"{kind}/{name}"  # type: ignore[attr-defined]
+        return cls
+
+    return decorate
+
+
+def names(kind: str) -> list[str]:
+    """All names registered under a kind, sorted."""
+    return sorted(_entries.get(kind, {}))
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """The end of an error message about an unknown name: the near ones, or all when there are few."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+    if close:
+        return "did you mean " + " or ".join(close) + "?"
+    return "known: " + ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
+
+
+def lookup(kind: str, name: str) -> Any:
+    """The entry registered as `kind/name`. Raises DitkitError that lists the near names."""
+    entries = _entries.get(kind, {})
+    if name not in entries:
+        raise DitkitError(f"unknown {kind} {name!r}: {near(name, entries)}")
+    return entries[name]
+
+
+def to_json(value: Any) -> Any:
+    """A configuration as JSON values; the inverse of `from_json`."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        kind = getattr(type(value), "_registered_as", None)
+        if kind is None:
+            raise TypeError(f"{type(value).__name__} is not registered and cannot be saved")
+        fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"type": kind, **fields}
+    if isinstance(value, tuple):
+        return [to_json(v) for v in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"a configuration holds numbers, strings, tuples and configurations, not {type(value).__name__}")
+
+
+def from_json(value: Any, where: str = "configuration") -> Any:
+    """The configuration that a JSON value describes; lists become tuples, absent fields take their defaults.
+
+    Raises DitkitError for an unknown type or field and for a scalar of the wrong type; `where` names the source.
+    """
+    if isinstance(value, list):
+        return tuple(from_json(v, where) for v in value)
+    if not isinstance(value, dict):
+        return value
+    kind, _, name = str(value.get("type", "")).partition("/")
+    if not name:
+        raise DitkitError(f'{where}: an object without "type" (such as "model/dit")')
+    cls = lookup(kind, name)
+    known = {f.name for f in dataclasses.fields(cls)}
+    hints = get_type_hints(cls)
+    fields = {}
+    for key, raw in value.items():
+        if key == "type":
+            continue
+        if key not in known:
+            raise DitkitError(f"{where}: {kind}/{name} has no field {key!r}: {near(key, known)}")
+        fields[key] = from_json(raw, where)
+        hint = hints[key]
+        if hint in (int, float, bool, str):
+            accepted = (int, float) if hint is float else hint
+            if not isinstance(fields[key], accepted) or (isinstance(fields[key], bool) and hint is not bool):
+                raise DitkitError(f"{where}: {kind}/{name}.{key} must be {hint.__name__}, not {raw!r}")
+    try:
+        return cls(**fields)
+    except TypeError as error:
+        raise DitkitError(f"{where}: {kind}/{name}: {error}") from None

@@ -1,0 +1,170 @@
+"""A network with its meaning: what its output stands for, on which path, and how it reads time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..conditioning import Conditioning
+from ..config import DitkitError, lookup, register, register_name
+from .path import DDPM, Linear, Path, Time, as_time
+from .space import check_space, reading, row, singular_ends
+
+__all__ = ["Denoise", "Denoiser", "Meaning", "Prediction", "Startable"]
+
+
+def _t(path: Path, t: Tensor) -> Tensor:
+    return t
+
+
+def _one_minus_t(path: Path, t: Tensor) -> Tensor:
+    return 1 - t
+
+
+def _thousand_t(path: Path, t: Tensor) -> Tensor:
+    return 1000 * t
+
+
+def _index(path: Path, t: Tensor) -> Tensor:
+    if not isinstance(path, DDPM):
+        raise DitkitError(f"the clock 'index' counts the steps of a DDPM path, not of {type(path).__name__}")
+    return path.index(t).double()
+
+
+for _name, _clock in {"t": _t, "1-t": _one_minus_t, "1000t": _thousand_t, "index": _index}.items():
+    register_name("clock", _name, _clock)
+
+
+def over(coefficient: Tensor, x: Tensor) -> float | Tensor:
+    """A coefficient [] or [b] in the form that multiplies x [b ...] in the dtype of x."""
+    if coefficient.ndim == 0:
+        return float(coefficient)
+    return coefficient.to(x.device, x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A network's raw output with all it takes to be read in any space.
+
+    out, x: the output and input [b c *space]; t: float64 on the host, [] or [b]; extra: the raw other half of the
+    output where the variance is learned.
+    """
+
+    out: Float[Tensor, "b c *space"]
+    x: Float[Tensor, "b c *space"]
+    t: Float[Tensor, "*b"]
+    path: Path
+    space: str
+    t_eps: float = 0.0
+    extra: Float[Tensor, "b c *space"] | None = None
+
+    def to(self, space: str) -> Float[Tensor, "b c *space"]:
+        """The same opinion in another space. Raises DitkitError at a singular end of time."""
+        if space == self.space:
+            return self.out
+        of_x, of_out = reading(self.space, space, self.path, self.t, self.t_eps)
+        return over(of_x, self.x) * self.x + over(of_out, self.x) * self.out
+
+    def gain(self, space: str) -> Float[Tensor, "*b"]:
+        """The factor by which an error of the output becomes an error in `space`."""
+        return reading(self.space, space, self.path, self.t, self.t_eps)[1]
+
+    def target(self, x0: Tensor, eps: Tensor) -> Float[Tensor, "b c *space"]:
+        """What the output should have been."""
+        a, b = row(self.space, self.path, self.t)
+        return over(a, x0) * x0 + over(b, x0) * eps
+
+    def with_out(self, out: Tensor) -> Prediction:
+        """The same with another output, such as a guided one."""
+        return replace(self, out=out)
+
+    @property
+    def x0(self) -> Tensor:
+        return self.to("x0")
+
+    @property
+    def eps(self) -> Tensor:
+        return self.to("eps")
+
+    @property
+    def velocity(self) -> Tensor:
+        return self.to("velocity")
+
+    @property
+    def score(self) -> Tensor:
+        return self.to("score")
+
+
+Denoise = Callable[[Tensor, Time], Prediction]
+"""One trajectory: `denoise(x, t)`."""
+
+
+class Startable(Protocol):
+    """What a sampler needs: a denoiser, guided or not."""
+
+    def start(self, cond: Conditioning, shape: Sequence[int], times: Sequence[float]) -> Denoise: ...
+
+    def check(self, visited: Iterable[float], needs: Iterable[str]) -> None: ...
+
+
+@register("denoiser", "denoiser")
+@dataclass(frozen=True)
+class Meaning:
+    """The meaning of a network's output, as saved with its weights.
+
+    path; prediction: the space of the output; clock: how the network reads time ("t", "1-t", "1000t", or "index" on a
+    DDPM path); t_eps: how near a singular end of time a reading may come (JiT's clamp; 0 = such ends are refused).
+    """
+
+    path: Any = Linear()  # noqa: RUF009 (frozen)
+    prediction: str = "velocity"
+    clock: str = "t"
+    t_eps: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_space(self.prediction)
+        lookup("clock", self.clock)
+
+    def of(self, model: Callable[..., Tensor]) -> Denoiser:
+        """The network with this meaning."""
+        return Denoiser(model, self.path, self.prediction, self.clock, self.t_eps)
+
+
+class Denoiser:
+    """`denoiser(x, t, cond) -> Prediction`: a network called in ditkit's time, its output labelled with its meaning."""
+
+    def __init__(self, model: Callable[..., Tensor], path: Path, prediction: str, clock: str, t_eps: float = 0.0):
+        check_space(prediction)
+        self.model, self.path, self.prediction, self.t_eps = model, path, prediction, t_eps
+        self.clock: Callable[[Path, Tensor], Tensor] = lookup("clock", clock)
+
+    def __call__(self, x: Tensor, t: Time, cond: Conditioning, *, edit: Any = None) -> Prediction:
+        """x [b c *space] in float32; t one time or [b], float64 on the host."""
+        t = as_time(t)
+        clock = self.clock(self.path, t).to(x.device, torch.float32).expand(x.shape[0])
+        out = self.model(x, clock, cond, edit=edit).to(x.dtype)
+        extra = None
+        if out.shape[1] == 2 * x.shape[1]:
+            out, extra = out.chunk(2, dim=1)
+        return Prediction(out, x, t, self.path, self.prediction, self.t_eps, extra)
+
+    def start(self, cond: Conditioning, shape: Sequence[int], times: Sequence[float]) -> Denoise:
+        """One trajectory: what depends neither on x nor on the step is computed here, once."""
+        prepare = getattr(self.model, "prepare", None)
+        ready = cond if prepare is None else prepare(cond, shape, times)
+        return lambda x, t: self(x, t, ready)
+
+    def check(self, visited: Iterable[float], needs: Iterable[str]) -> None:
+        """Raises DitkitError if reading the output in a needed space at a visited time is singular."""
+        if self.t_eps > 0 or all(space == self.prediction for space in needs):
+            return
+        for end in set(singular_ends(self.prediction, self.path)) & set(visited):
+            raise DitkitError(
+                f"{self.prediction} prediction cannot be read at t = {end:g}, which this grid or time sampler visits: "
+                "set denoiser.t_eps above 0, or choose another solver, grid or time sampler"
+            )

@@ -1,0 +1,107 @@
+"""Spaces: what a number stands for, as a row `target = a x0 + b eps`, and the determinant algebra between them.
+
+With here = (alpha, sigma) and det(p, q) = p0 q1 - p1 q0, a network's output `out` in space `have` is read in `want` by
+
+    (det(want, have) x + det(here, want) out) / det(here, have)
+
+and an error in `have` becomes an error in `want` by the gain det(here, want) / det(here, have). Both follow from
+solving the 2 x 2 system x = alpha x0 + sigma eps, out = a x0 + b eps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..config import DitkitError, lookup, names, near, register_name
+from .path import Path, Time, as_time
+
+__all__ = ["Row", "SPACES", "det", "reading", "row", "singular_ends"]
+
+Row = tuple[Tensor, Tensor]
+
+
+def _x0(path: Path, t: Time) -> Row:
+    one = torch.ones_like(as_time(t))
+    return one, 0 * one
+
+
+def _eps(path: Path, t: Time) -> Row:
+    one = torch.ones_like(as_time(t))
+    return 0 * one, one
+
+
+def _v(path: Path, t: Time) -> Row:
+    alpha, sigma = path(t)
+    return -sigma, alpha
+
+
+def _velocity(path: Path, t: Time) -> Row:
+    return path.rate(t)
+
+
+def _score(path: Path, t: Time) -> Row:
+    _, sigma = path(t)
+    return 0 * sigma, -1 / sigma
+
+
+for _name, _function in {"x0": _x0, "eps": _eps, "v": _v, "velocity": _velocity, "score": _score}.items():
+    register_name("space", _name, _function)
+
+SPACES = tuple(names("space"))
+
+
+def row(space: str, path: Path, t: Time) -> Row:
+    """The coefficients (a, b) of a space at time t. A leading "-" turns the sign: "-velocity" is SiT's output."""
+    function: Callable[[Path, Time], Row] = lookup("space", space.removeprefix("-"))
+    a, b = function(path, t)
+    return (-a, -b) if space.startswith("-") else (a, b)
+
+
+def det(p: Row, q: Row) -> Tensor:
+    """p0 q1 - p1 q0."""
+    return p[0] * q[1] - p[1] * q[0]
+
+
+def singular_ends(space: str, path: Path) -> tuple[float, ...]:
+    """The ends of time (0.0 data, 1.0 noise) at which x and an output in `space` do not determine x0 and eps."""
+    ends = []
+    for t in (0.0, 1.0):
+        value = float(det(path(t), row(space, path, t)))
+        if not math.isfinite(value) or abs(value) < 1e-9:
+            ends.append(t)
+    return tuple(ends)
+
+
+def reading(have: str, want: str, path: Path, t: Time, t_eps: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Coefficients (of x, of out) that read `out`, in space `have`, as `want`; the second is the gain of errors.
+
+    With `t_eps`, the denominator is taken at least `t_eps` away from an end where `have` is singular: this is JiT's
+    clamp of 1 / t. Without it a reading at a singular end is refused.
+    """
+    t = as_time(t)
+    if have == want:
+        return torch.zeros_like(t), torch.ones_like(t)
+    ends = singular_ends(have, path)
+    away = t
+    if 0.0 in ends:
+        away = away.clamp(min=t_eps)
+    if 1.0 in ends:
+        away = away.clamp(max=1 - t_eps)
+    here, want_row, have_row = path(t), row(want, path, t), row(have, path, t)
+    below = det(path(away), row(have, path, away)) if t_eps else det(here, have_row)
+    if not bool((below.abs() > 1e-12).all()):
+        raise DitkitError(
+            f"{have} does not determine {want} at t = {[e for e in ends if bool((t == e).any())]}: "
+            "set denoiser.t_eps above 0, or keep the grid and the time sampler away from that end"
+        )
+    return det(want_row, have_row) / below, det(here, want_row) / below
+
+
+def check_space(space: str) -> None:
+    """Raises DitkitError, with the near names, for a space that does not exist."""
+    if space.removeprefix("-") not in SPACES:
+        raise DitkitError(f"unknown space {space!r}: {near(space, SPACES)}")

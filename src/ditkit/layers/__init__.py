@@ -1,0 +1,38 @@
+"""The small set of layers that every family is built from; no model is named here."""
+
+from .attention import Attention, attend
+from .blocks import AdaLNZeroBlock, Edit, FinalLayer, visit
+from .embeddings import LabelEmbedder, TimestepEmbedder, sincos_2d, sinusoid
+from .init import init_adaln_zero
+from .mlp import Mlp, SwiGLU
+from .modulation import adaln, modulate
+from .norms import RMSNorm, layer_norm
+from .patches import BottleneckPatchEmbed, PatchEmbed, patch_grid, unpatchify
+from .rope import axial_angles, rope_table, rotate
+
+__all__ = [
+    "AdaLNZeroBlock",
+    "Attention",
+    "BottleneckPatchEmbed",
+    "Edit",
+    "FinalLayer",
+    "LabelEmbedder",
+    "Mlp",
+    "PatchEmbed",
+    "RMSNorm",
+    "SwiGLU",
+    "TimestepEmbedder",
+    "adaln",
+    "attend",
+    "axial_angles",
+    "init_adaln_zero",
+    "layer_norm",
+    "modulate",
+    "patch_grid",
+    "rope_table",
+    "rotate",
+    "sincos_2d",
+    "sinusoid",
+    "unpatchify",
+    "visit",
+]

@@ -1,0 +1,57 @@
+"""Transformer blocks made of the layers, and the one door into a forward."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .modulation import adaln, modulate
+
+__all__ = ["AdaLNZeroBlock", "Edit", "FinalLayer", "visit"]
+
+
+class Edit(Protocol):
+    """A function that runs a block, changes what goes in or comes out, runs it elsewhere, or not at all.
+
+    `site` is the block's name in the state dict ("blocks.3"). The identity is `lambda site, block, x, *args:
+    block(x, *args)`. Guidance by perturbation, control, caching, routing and feature taps are edits.
+    """
+
+    def __call__(self, site: str, block: nn.Module, x: Any, /, *args: Any) -> Any: ...
+
+
+def visit(edit: Edit | None, site: str, block: nn.Module, x: Any, *args: Any) -> Any:
+    """Run a block through the edit, if there is one."""
+    return block(x, *args) if edit is None else edit(site, block, x, *args)
+
+
+class AdaLNZeroBlock(nn.Module):
+    """Attention and MLP, each modulated before and gated after by the conditioning (DiT figure 3, adaLN-Zero)."""
+
+    def __init__(self, dim: int, norm1: nn.Module, attn: nn.Module, norm2: nn.Module, mlp: nn.Module):
+        super().__init__()
+        self.norm1, self.attn, self.norm2, self.mlp = norm1, attn, norm2, mlp
+        self.adaLN_modulation = adaln(dim, 6)
+
+    def forward(
+        self, x: Float[Tensor, "b n d"], c: Float[Tensor, "b d"], rope: Float[Tensor, "2 n hd"] | None = None
+    ) -> Float[Tensor, "b n d"]:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
+        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1), rope)
+        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and a Linear to the features of a patch."""
+
+    def __init__(self, dim: int, features: int, norm: nn.Module):
+        super().__init__()
+        self.norm_final = norm
+        self.linear = nn.Linear(dim, features)
+        self.adaLN_modulation = adaln(dim, 2)
+
+    def forward(self, x: Float[Tensor, "b n d"], c: Float[Tensor, "b d"]) -> Float[Tensor, "b n f"]:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))

@@ -1,0 +1,67 @@
+"""Times, labels and positions as vectors."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+__all__ = ["LabelEmbedder", "TimestepEmbedder", "sincos_2d", "sinusoid"]
+
+
+def sinusoid(t: Float[Tensor, "b"], dim: int) -> Float[Tensor, "b dim"]:
+    """[cos, sin] of t times dim/2 frequencies from 1 down to 1/10000, not reached (DDPM, with cos first)."""
+    half = dim // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = t.float()[:, None] * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+class TimestepEmbedder(nn.Module):
+    """A sinusoid of the model's own time, then Linear, SiLU, Linear."""
+
+    def __init__(self, dim: int, frequencies: int = 256):
+        super().__init__()
+        self.frequencies = frequencies
+        self.mlp = nn.Sequential(nn.Linear(frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, t: Float[Tensor, "b"]) -> Float[Tensor, "b d"]:
+        return self.mlp(sinusoid(t, self.frequencies))
+
+
+class LabelEmbedder(nn.Module):
+    """A table of `classes` + 1 vectors; the last one, with index `classes`, is the null label."""
+
+    def __init__(self, classes: int, dim: int):
+        super().__init__()
+        self.classes = classes
+        self.embedding_table = nn.Embedding(classes + 1, dim)
+
+    def forward(self, label: Int[Tensor, "b"] | None, batch: int) -> Float[Tensor, "b d"]:
+        """Without classes every sample gets the null vector. Raises ValueError if labels are missing or not wanted."""
+        if (label is None) != (self.classes == 0):
+            given = "no label was given" if label is None else "a label was given"
+            raise ValueError(f"the model has num_classes={self.classes} and {given}")
+        if label is None:
+            return self.embedding_table.weight.expand(batch, -1)
+        return self.embedding_table(label)
+
+
+def sincos_2d(dim: int, grid: tuple[int, int], device: torch.device | None = None) -> Float[Tensor, "1 n d"]:
+    """Fixed positions of a grid of patches: the first half of the channels says the column, the second the row.
+
+    Within each half first all sines, then all cosines, with frequencies 10000^(-i/(dim/4)); float64, then float32.
+    The column comes first because MAE built its grid so; DiT and JiT inherited it.
+    """
+    if dim % 4:
+        raise ValueError(f"hidden_size {dim} is not divisible by 4, which 2-D sine-cosine positions need")
+    rows, columns = (torch.arange(n, dtype=torch.float64, device=device) for n in grid)
+    row, column = torch.meshgrid(rows, columns, indexing="ij")
+    frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64, device=device) / (dim / 4))
+    halves = []
+    for position in (column, row):
+        angles = position.reshape(-1, 1) * frequencies
+        halves += [angles.sin(), angles.cos()]
+    return torch.cat(halves, dim=-1).float()[None]

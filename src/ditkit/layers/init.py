@@ -1,0 +1,38 @@
+"""Initial weights as a pure function of (seed, parameter name)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Generator, nn
+
+from .blocks import AdaLNZeroBlock, FinalLayer
+from .embeddings import LabelEmbedder, TimestepEmbedder
+from .norms import RMSNorm
+
+__all__ = ["init_adaln_zero"]
+
+
+def init_adaln_zero(model: nn.Module, generator: Callable[[str], Generator]) -> None:
+    """The initial weights of DiT, which its successors kept.
+
+    Xavier uniform for every Linear and for patch convolutions seen as Linears, biases 0, norms 1; N(0, .02) for label
+    tables and time MLPs; 0 for every modulation and for the output, so that each block starts as the identity.
+    `generator` gives a private generator for a name.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight.data.flatten(1), generator=generator(name))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+    for name, module in model.named_modules():
+        if isinstance(module, TimestepEmbedder | LabelEmbedder):
+            for key, weight in module.named_parameters():
+                if key.endswith("weight"):
+                    nn.init.normal_(weight, std=0.02, generator=generator(f"{name}.{key}"))
+        if isinstance(module, AdaLNZeroBlock | FinalLayer):
+            nn.init.zeros_(module.adaLN_modulation[1].weight)  # type: ignore[arg-type]
+        if isinstance(module, FinalLayer):
+            nn.init.zeros_(module.linear.weight)

@@ -1,0 +1,33 @@
+"""Rotary position embedding (Su et al. 2021) over any number of axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+__all__ = ["axial_angles", "rope_table", "rotate"]
+
+
+def axial_angles(
+    positions: Sequence[Float[Tensor, "n"]], dims: Sequence[int], theta: float = 10000.0
+) -> Float[Tensor, "n half"]:
+    """Rotation angles in float64: for each axis its positions times theta^(-2i/dim), the axes side by side."""
+    angles = []
+    for position, dim in zip(positions, dims, strict=True):
+        frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=position.device) / dim)
+        angles.append(position.double()[:, None] * frequencies)
+    return torch.cat(angles, dim=-1)
+
+
+def rope_table(angles: Float[Tensor, "n half"]) -> Float[Tensor, "2 n d"]:
+    """cos and sin of the angles in float32, each repeated for its pair of neighbouring channels."""
+    return torch.stack((angles.cos(), angles.sin())).repeat_interleave(2, dim=-1).float()
+
+
+def rotate(x: Float[Tensor, "b h n d"], table: Float[Tensor, "2 n d"]) -> Float[Tensor, "b h n d"]:
+    """Turn neighbouring channels (2i, 2i+1) as complex numbers: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)."""
+    turned = torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
+    return (x * table[0] + turned * table[1]).to(x.dtype)

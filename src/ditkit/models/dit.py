@@ -1,0 +1,134 @@
+"""DiT: "Scalable Diffusion Models with Transformers", Peebles & Xie 2022, arXiv 2212.09748.
+
+A plain ViT on patches of a latent, conditioned by adaLN-Zero on the sum of a time and a class vector. The authors'
+language: x [b 4 h w] are latents, t is the step index 0..999 (0 is the least noisy), the output holds the noise and,
+with `learn_sigma`, as many channels again for the variance. Parameter names are those of the published checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..conditioning import Conditioning
+from ..config import register
+from ..layers import (
+    AdaLNZeroBlock,
+    Attention,
+    Edit,
+    FinalLayer,
+    LabelEmbedder,
+    Mlp,
+    PatchEmbed,
+    TimestepEmbedder,
+    init_adaln_zero,
+    layer_norm,
+    patch_grid,
+    sincos_2d,
+    unpatchify,
+    visit,
+)
+from ..rng import Rng
+from .registry import Model, Plan, instantiate, register_models
+
+__all__ = ["DiT", "DiTConfig"]
+
+
+@register("model", "dit")
+@dataclass(frozen=True)
+class DiTConfig:
+    """Everything about a DiT; the defaults are DiT-XL/2 on 256 px (DiT tables 1 and 4)."""
+
+    input_size: int | tuple[int, int] = 32
+    """Side, or (rows, columns), of the latent. Other sizes are accepted; only this one's positions are stored."""
+    patch_size: int = 2
+    in_channels: int = 4
+    hidden_size: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    num_classes: int = 1000
+    """0 = unconditional. The null label has the index num_classes."""
+    learn_sigma: bool = True
+    """Predict the variance too, in as many channels again."""
+
+    def build(self, seed: int = 0) -> DiT:
+        """The network with initial weights."""
+        return instantiate(DiT, self, seed)
+
+
+def block(config: DiTConfig) -> AdaLNZeroBlock:
+    """LayerNorm without weights, attention without qk-norm, MLP with the tanh form of GELU."""
+    dim = config.hidden_size
+    return AdaLNZeroBlock(
+        dim,
+        norm1=layer_norm(dim),
+        attn=Attention(dim, config.num_heads),
+        norm2=layer_norm(dim),
+        mlp=Mlp(dim, int(dim * config.mlp_ratio)),
+    )
+
+
+class DiT(Model):
+    """Diffusion transformer with adaLN-Zero blocks. Raises ValueError for an x that its patches do not tile."""
+
+    plan = Plan(shard=("blocks",))
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.config = config
+        dim, patch = config.hidden_size, config.patch_size
+        out = config.in_channels * (2 if config.learn_sigma else 1)
+        size = config.input_size
+        rows, columns = (size, size) if isinstance(size, int) else size
+        self.grid = (rows // patch, columns // patch)
+        self.x_embedder = PatchEmbed(config.in_channels, patch, dim)
+        self.t_embedder = TimestepEmbedder(dim)
+        self.y_embedder = LabelEmbedder(config.num_classes, dim)
+        self.pos_embed = nn.Parameter(sincos_2d(dim, self.grid), requires_grad=False)
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.depth))
+        self.final_layer = FinalLayer(dim, patch * patch * out, layer_norm(dim))
+
+    def init_weights(self, rng: Rng) -> None:
+        """adaLN-Zero's start, and the fixed positions."""
+        init_adaln_zero(self, rng.generator)
+        self.pos_embed.data = sincos_2d(self.config.hidden_size, self.grid)
+
+    def positions(self, grid: tuple[int, int]) -> Float[Tensor, "1 n d"]:
+        """The stored positions, or those of another grid."""
+        return self.pos_embed if grid == self.grid else sincos_2d(self.config.hidden_size, grid, self.pos_embed.device)
+
+    def prepare(self, cond: Conditioning, shape: Sequence[int], times: Sequence[float] = ()) -> Conditioning:
+        """Label vectors and positions."""
+        patch = self.config.patch_size
+        return cond.with_static(
+            label=self.y_embedder(cond.label, shape[0]),
+            positions=self.positions((shape[-2] // patch, shape[-1] // patch)),
+        )
+
+    def forward(
+        self, x: Float[Tensor, "b c h w"], t: Float[Tensor, "b"], cond: Conditioning, *, edit: Edit | None = None
+    ) -> Float[Tensor, "b o h w"]:
+        """t: the step index 0..999. o = 2c with `learn_sigma`: the noise, then the raw variance."""
+        config = self.config
+        grid = patch_grid(x, config.in_channels, config.patch_size)
+        if "label" not in cond.static:
+            cond = self.prepare(cond, x.shape)
+        c = self.t_embedder(t) + cond.static["label"]
+        h = self.x_embedder(x) + cond.static["positions"]
+        for i, blk in enumerate(self.blocks):
+            h = visit(edit, f"blocks.{i}", blk, h, c)
+        return unpatchify(self.final_layer(h, c), grid, config.patch_size)
+
+
+# DiT table 1: the letter is depth and width, the number the patch size.
+SIZES = {
+    "s": DiTConfig(depth=12, hidden_size=384, num_heads=6),
+    "b": DiTConfig(depth=12, hidden_size=768, num_heads=12),
+    "l": DiTConfig(depth=24, hidden_size=1024, num_heads=16),
+    "xl": DiTConfig(depth=28, hidden_size=1152, num_heads=16),
+}
+register_models({f"dit_{size}_{patch}": replace(c, patch_size=patch) for size, c in SIZES.items() for patch in (2, 4, 8)})

@@ -1,0 +1,211 @@
+"""Every tensor of every golden file, against ditkit.
+
+A golden file holds inputs, random weights under the official key names and the outputs of the official implementation.
+The folder is named by DITKIT_GOLDEN (default tests/golden). The system is recognised by the file's `source`, everything
+else is read from the file: other configurations, seeds and batch sizes pass the same tests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.testing import assert_close
+
+from ditkit.conditioning import Conditioning
+from ditkit.config import lookup
+from ditkit.diffusion import (
+    CFG,
+    DDIM,
+    DDPM,
+    Ancestral,
+    Denoiser,
+    Discrete,
+    Euler,
+    Heun,
+    Linear,
+    LogitNormal,
+    Meaning,
+    Prediction,
+    Regression,
+    guide,
+    integrate,
+)
+from ditkit.models import DiT, DiTConfig, JiT, JiTConfig
+from ditkit.rng import Replay
+
+FOLDER = Path(os.environ.get("DITKIT_GOLDEN", Path(__file__).parents[1] / "golden"))
+FILES = sorted(FOLDER.glob("*.safetensors"))
+
+ONE = {"rtol": 1e-5, "atol": 1e-5}
+MANY = {"rtol": 1e-4, "atol": 1e-4}
+
+
+class Golden:
+    """A golden file that knows which of its tensors were used."""
+
+    def __init__(self, path: Path):
+        with safe_open(path, "pt") as file:
+            self.meta = file.metadata() or {}
+            self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        self.used: set[str] = set()
+
+    def __getitem__(self, key: str) -> Tensor:
+        self.used.add(key)
+        return self.tensors[key]
+
+    def under(self, prefix: str) -> dict[str, Tensor]:
+        return {key.removeprefix(prefix): self[key] for key in self.tensors if key.startswith(prefix)}
+
+    def json(self, key: str) -> dict:
+        return json.loads(self.meta[key])
+
+    def unused(self) -> set[str]:
+        return set(self.tensors) - self.used
+
+
+def check_loss(golden: Golden, model: torch.nn.Module, denoiser: Denoiser, objective: Regression, draws: Replay) -> None:
+    """Terms per sample, their sum, and the gradients of the batch mean."""
+    cond = Conditioning(label=golden["loss/y"])
+    loss = objective.loss(denoiser, golden["loss/x0"], cond, draws)
+    for name, term in loss.terms.items():
+        if f"loss/{name}" in golden.tensors:
+            assert_close(term, golden[f"loss/{name}"], **ONE)
+    assert_close(loss.total, golden["loss/loss"], **ONE)
+    model.zero_grad()
+    loss.total.mean().backward()
+    gradients = dict(model.named_parameters())
+    for name, value in golden.under("loss/grad/").items():
+        gradient = gradients[name].grad
+        assert gradient is not None, name
+        assert_close(gradient, value, **ONE, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def both_halves(denoiser: Denoiser, label: Tensor, null: Tensor, scale: float) -> Callable[[Tensor, float], Prediction]:
+    """DiT's `forward_with_cfg`: both halves see the first half's x and take the guided noise of channels 0 to 2; the
+    rest of the output, and the state that is stepped, are each row's own."""
+    cond, weak = Conditioning(label=label), Conditioning(label=null)
+    guided = guide(denoiser, CFG(scale, weak, channels=3))
+
+    def denoise(x: Tensor, t: float) -> Prediction:
+        half = x[: len(x) // 2]
+        strong = guided.start(cond, half.shape, ())(half, t)
+        own = denoiser(half, t, weak)
+        assert strong.extra is not None
+        assert own.extra is not None
+        out = torch.cat((strong.out, torch.cat((strong.out[:, :3], own.out[:, 3:]), dim=1)))
+        extra = torch.cat((strong.extra, own.extra))
+        return Prediction(out, x, strong.t, strong.path, strong.space, extra=extra)
+
+    return denoise
+
+
+class Started:
+    """A trajectory as the sampler's denoiser."""
+
+    def __init__(self, denoise: Callable[[Tensor, float], Prediction]):
+        self.denoise = denoise
+
+    def start(self, cond, shape, times):
+        return self.denoise
+
+    def check(self, visited, needs):
+        pass
+
+
+def check_dit(golden: Golden) -> None:
+    config = DiTConfig(**golden.json("config"))
+    model = config.build().eval()
+    assert isinstance(model, DiT)
+    model.load_state_dict(golden.under("weights/"))
+    out = model(golden["forward/x"], golden["forward/t"], Conditioning(label=golden["forward/y"]))
+    assert_close(out, golden["forward/out"], **ONE)
+
+    path = DDPM()
+    denoiser = Meaning(path, prediction="eps", clock="index").of(model)
+
+    # guidance: rows are [labels, nulls]; t is one index per row
+    x, t, label = golden["cfg/x"], golden["cfg/t"], golden["cfg/y"]
+    half = len(x) // 2
+    halves = both_halves(denoiser, label[:half], label[half:], 4.0)
+    for row in range(half):
+        assert t[row] == t[row + half]
+        rows = torch.tensor([row, row + half])
+        halves = both_halves(denoiser, label[row : row + 1], label[row + half : row + half + 1], 4.0)
+        prediction = halves(x[rows], (int(t[row]) + 1) / path.steps)
+        assert prediction.extra is not None
+        assert_close(torch.cat((prediction.out, prediction.extra), dim=1), golden["cfg/out_scale4"][rows], **ONE)
+
+    objective = Regression("eps", times=Discrete(path.steps), variance="hybrid")
+    objective.check(denoiser)
+    draws = Replay({"t": (golden["loss/t"].double() + 1) / path.steps, "noise": golden["loss/noise"]})
+    check_loss(golden, model, denoiser, objective, draws)
+
+    # both samplers on the respaced table
+    steps = int(golden.meta["steps"])
+    times = lookup("grid", "ddpm")(steps, path, 0)
+    assert path.index(torch.tensor(times[:-1])).flip(0).tolist() == golden["ddpm/timestep_map"].tolist()
+    label, z = golden["ddpm/y"], golden["ddpm/z"]
+    half = len(label) // 2
+    scale = float(golden.meta["cfg_scale_sampling"])
+    started = Started(both_halves(denoiser, label[:half], label[half:], scale))
+    draws = Replay({"solver": list(golden["ddpm/noises"])})
+    with torch.no_grad():
+        for key, solver in {"ddpm/out": Ancestral(), "ddim/out": DDIM()}.items():
+            assert_close(integrate(started, solver, times, z, Conditioning(), draws), golden[key], **MANY)
+        # and the library's own guided sampling gives the rows that a user would keep
+        guided = guide(denoiser, CFG(scale, Conditioning(label=label[half:]), channels=3))
+        own = Replay({"solver": list(golden["ddpm/noises"][:, :half])})
+        out = integrate(guided, Ancestral(), times, z[:half], Conditioning(label=label[:half]), own)
+        assert_close(out, golden["ddpm/out"][:half], **MANY)
+
+
+def check_jit(golden: Golden) -> None:
+    config = JiTConfig(**golden.json("config"))
+    model = config.build().eval()
+    assert isinstance(model, JiT)
+    model.load_state_dict(golden.under("weights/"))
+    out = model(golden["forward/x"], golden["forward/t"], Conditioning(label=golden["forward/y"]))
+    assert_close(out, golden["forward/out"], **ONE)
+
+    process = golden.json("denoiser")
+    path = Linear(process["noise_scale"])
+    denoiser = Meaning(path, prediction="x0", clock="1-t", t_eps=process["t_eps"]).of(model)
+    objective = Regression("velocity", times=LogitNormal(0.8, 0.8))
+    objective.check(denoiser)
+    noise = golden["loss/e"] / process["noise_scale"]
+    check_loss(golden, model, denoiser, objective, Replay({"t": 1 - golden["loss/t"].double(), "noise": noise}))
+
+    label = golden["sample/y"]
+    null = Conditioning(label=torch.full_like(label, config.num_classes))
+    interval = (1 - process["hi"], 1 - process["lo"])
+    guided = guide(denoiser, CFG(process["cfg"], null, interval=interval))
+    x = golden["sample/noise_unscaled"] * path.prior_std
+    times = lookup("grid", "uniform")(process["steps"], path, 0)
+    with torch.no_grad():
+        for key, solver in {"sample/heun": Heun(), "sample/euler": Euler()}.items():
+            out = integrate(guided, solver, times, x, Conditioning(label=label), Replay({}))
+            assert_close(out, golden[key], **MANY)
+
+
+SYSTEMS = {"facebookresearch/DiT": check_dit, "LTH14/JiT": check_jit}
+
+
+def test_there_are_golden_files() -> None:
+    assert FILES, f"no golden files in {FOLDER}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_golden(file: Path) -> None:
+    golden = Golden(file)
+    source = golden.meta.get("source", "")
+    known = [check for prefix, check in SYSTEMS.items() if source.startswith(prefix)]
+    assert len(known) == 1, f"{file.name}: no test for the source {source!r}"
+    known[0](golden)
+    assert not golden.unused(), f"{file.name}: tensors that no comparison used: {sorted(golden.unused())}"
