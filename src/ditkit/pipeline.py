@@ -1,0 +1,164 @@
+"""From weights to images: codec + conditioner + denoiser + guides + grid + solver."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from .config import DitkitError, lookup, near
+from .diffusion import CFG, guide, integrate
+from .models import Model
+from .recipe import Recipe, Sample, device_of
+from .rng import Rng
+from .runs import find_checkpoint
+
+__all__ = ["Pipeline", "load"]
+
+
+class Pipeline:
+    """A trained model with all it takes to sample: `pipeline.sample(label="3", count=16)`."""
+
+    def __init__(self, recipe: Recipe, model: Model, shape: Sequence[int], origin: str = "memory"):
+        """shape: of one encoded sample [c h w]; origin: where the weights come from, for protocols."""
+        self.recipe, self.model, self.shape, self.origin = recipe, model.eval(), tuple(shape), origin
+        self.denoiser = recipe.denoiser.of(self.model)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes; empty if the model is unconditional."""
+        return self.recipe.conditioner.classes
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def sample(
+        self,
+        label: str | int | Sequence[str | int] | Tensor | None = None,
+        count: int = 16,
+        *,
+        seed: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+        **settings: Any,
+    ) -> UInt8[Tensor, "n c h w"]:
+        """Draw images: bytes on the CPU.
+
+        label: a class by name or number for all images, one for each, or None for all classes in turn. Image i depends
+        on (seed, i) and its label alone, not on `count` or on the batch. settings: fields of `Sample` that differ from
+        the recipe's, such as steps=20, guidance=2.0. progress(done, total) counts solver steps. Raises DitkitError.
+        """
+        return torch.cat(list(self.stream(label, count, seed=seed, progress=progress, **settings)))
+
+    def stream(
+        self,
+        label: str | int | Sequence[str | int] | Tensor | None = None,
+        count: int = 16,
+        *,
+        seed: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+        **settings: Any,
+    ) -> Iterator[UInt8[Tensor, "n c h w"]]:
+        """As `sample`, one batch at a time."""
+        chosen = self.settings(**settings)
+        labels = self.labels(label, count)
+        times = lookup("grid", chosen.grid)(chosen.steps, self.denoiser.path, self._tokens())
+        total = chosen.steps * -(-count // chosen.batch)
+        for number, first in enumerate(range(0, count, chosen.batch)):
+            ids = torch.arange(first, min(first + chosen.batch, count))
+            done = number * chosen.steps
+
+            def tick(k: int, x: Tensor, done: int = done) -> None:
+                if progress is not None:
+                    progress(done + k + 1, total)
+
+            yield self._batch(chosen, None if labels is None else labels[ids], ids, times, seed, tick)
+
+    def settings(self, **changes: Any) -> Sample:
+        """The recipe's sampling settings with changes. Raises DitkitError for an unknown name."""
+        known = [f.name for f in dataclasses.fields(Sample)]
+        for name in changes:
+            if name not in known:
+                raise DitkitError(f"sampling has no setting {name!r}: {near(name, known)}")
+        chosen = dataclasses.replace(self.recipe.sample, **changes)
+        if chosen.guidance != 1 and not self.classes:
+            raise DitkitError("this model is unconditional and cannot be guided by classes: use guidance 1")
+        return chosen
+
+    def labels(self, label: Any, count: int) -> Tensor | None:
+        """One class index per image; None for an unconditional model. Raises DitkitError."""
+        if count < 1:
+            raise DitkitError(f"count must be at least 1, not {count}")
+        if not self.classes:
+            if label is not None:
+                raise DitkitError("this model is unconditional: it takes no label")
+            return None
+        if label is None:
+            return torch.arange(count) % len(self.classes)
+        if isinstance(label, Tensor):
+            label = label.tolist()
+        if isinstance(label, str | int):
+            label = [label] * count
+        if len(label) != count:
+            raise DitkitError(f"{len(label)} labels were given for {count} images: give one, or one for each")
+        return self.recipe.conditioner.index(label)
+
+    def _tokens(self) -> int:
+        patch = getattr(self.recipe.model, "patch_size", 1)
+        return (self.shape[-1] // patch) * (self.shape[-2] // patch)
+
+    @torch.no_grad()
+    def _batch(
+        self,
+        chosen: Sample,
+        labels: Tensor | None,
+        ids: Tensor,
+        times: Sequence[float],
+        seed: int,
+        tick: Callable[[int, Tensor], None],
+    ) -> UInt8[Tensor, "b c h w"]:
+        conditioner = self.recipe.conditioner
+        cond = conditioner(labels).to(self.device)
+        guides = []
+        if chosen.guidance != 1:
+            null = conditioner.null(len(ids)).to(self.device)
+            guides.append(CFG(chosen.guidance, null, chosen.interval, chosen.channels))
+        rng = Rng(seed).at(0, ids.to(self.device))
+        x = rng("noise", "normal", self.shape) * self.denoiser.path.prior_std
+        out = integrate(guide(self.denoiser, *guides), chosen.solver, times, x, cond, rng, tick)
+        if not bool(torch.isfinite(out).all()):
+            raise DitkitError("sampling gave numbers that are not finite: use more steps or less guidance")
+        return self.recipe.codec.decode(out).cpu()
+
+
+def load(run_or_checkpoint: str | Path, *, ema: float | None = None, device: str = "auto") -> Pipeline:
+    """The pipeline of a run folder (its newest checkpoint) or of one checkpoint.
+
+    ema: which averaged weights, None = those of the recipe (the first), 0 = the weights themselves. Raises DitkitError
+    for a missing, damaged or foreign folder.
+    """
+    checkpoint = find_checkpoint(run_or_checkpoint)
+    recipe = checkpoint.recipe
+    wanted = recipe.sample.ema if ema is None else ema
+    if wanted is None:
+        wanted = recipe.train.emas[0]
+    if wanted and wanted not in checkpoint.emas:
+        raise DitkitError(f"{checkpoint.folder} has averaged weights of the decays {checkpoint.emas}, not {wanted}")
+    name = f"ema-{wanted}" if wanted else "model"
+    weights = checkpoint.tensors(name)
+    with torch.device("meta"):
+        model = recipe.model.build()
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()
+        raise DitkitError(f"{checkpoint.folder}: {name} does not fit the recipe's model: {first}") from None
+    size = recipe.model.input_size
+    height, width = (size, size) if isinstance(size, int) else size
+    shape = (recipe.model.in_channels, height, width)
+    return Pipeline(recipe, model.to(device_of(device)), shape, f"{checkpoint.folder.name}/{name}")

@@ -1,0 +1,197 @@
+"""The recipe: one frozen dataclass that says everything about a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from . import models  # the registry must know every model before a recipe is read
+from .codecs import Pixels
+from .conditioners import Label
+from .config import DitkitError, from_json, lookup, near, register, register_name, to_json
+from .data import Dataset, Digits
+from .diffusion import Heun, LogitNormal, Meaning, Regression
+
+__all__ = ["Evaluate", "Gate", "Recipe", "Sample", "Train", "device_of"]
+
+
+@register("settings", "train")
+@dataclass(frozen=True)
+class Train:
+    """How the weights are found. One step sees `batch` samples, in `accumulate` parts."""
+
+    steps: int = 20_000
+    batch: int = 64
+    accumulate: int = 1
+    """Parts into which a batch is cut to fit the memory; the result is the same up to rounding."""
+    lr: float = 2e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    warmup: int = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    cooldown: int = 0
+    """Steps at the end over which the learning rate falls linearly to 0."""
+    clip: float = 0.0
+    """Largest gradient norm; 0 = no clipping."""
+    precision: str = "fp32"
+    """fp32, or bf16: autocast over float32 master weights."""
+    emas: tuple[float, ...] = (0.9999,)
+    """Decays of the averaged weights kept side by side; the first is what sampling uses."""
+    compile: bool = False
+    """Compile each block with torch.compile."""
+    log_every: int = 10
+    """Steps per row of log.jsonl; a row holds means over them."""
+    sample_every: int = 1000
+    """Steps between sample sheets; 0 = none."""
+    checkpoint_every: int = 1000
+    keep: int = 2
+    """Number of newest checkpoints to keep."""
+    tensorboard: bool = False
+    """Write the log for tensorboard, too."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate", "log_every", "checkpoint_every", "keep"):
+            if getattr(self, name) < 1:
+                raise DitkitError(f"train.{name} must be at least 1, not {getattr(self, name)}")
+        if self.batch % self.accumulate:
+            raise DitkitError(f"train.batch {self.batch} cannot be cut into train.accumulate {self.accumulate} parts")
+        if self.precision not in ("fp32", "bf16"):
+            raise DitkitError(f"train.precision is fp32 or bf16, not {self.precision!r}")
+        if not self.emas or not all(0 <= d < 1 for d in self.emas) or len(set(self.emas)) < len(self.emas):
+            raise DitkitError(f"train.emas are different decays in [0, 1), at least one, not {self.emas}")
+
+
+@register("settings", "sample")
+@dataclass(frozen=True)
+class Sample:
+    """How samples are drawn, unless said otherwise when they are."""
+
+    steps: int = 50
+    solver: Any = Heun()  # noqa: RUF009 (frozen)
+    grid: str = "uniform"
+    guidance: float = 1.0
+    """Scale of classifier-free guidance; 1 = none."""
+    interval: tuple[float, float] = (0.0, 1.0)
+    """Guided where low < t < high, t = 1 being noise."""
+    channels: int | None = None
+    """Guide only the first channels (DiT: 3 of 4)."""
+    ema: float | None = None
+    """Which of the averaged weights; None = the first, 0 = the weights themselves."""
+    batch: int = 64
+
+    def __post_init__(self) -> None:
+        lookup("grid", self.grid)
+        if self.batch < 1:
+            raise DitkitError(f"sample.batch must be at least 1, not {self.batch}")
+
+
+@register("settings", "gate")
+@dataclass(frozen=True)
+class Gate:
+    """A bound that a run must keep: `metric` at least or at most `bound`, or `bound` times or plus another metric."""
+
+    metric: str
+    relation: str
+    """at_least or at_most"""
+    bound: float
+    times: str | None = None
+    """The bound is multiplied by this metric."""
+    plus: str | None = None
+    """This metric is added to the bound."""
+
+    def limit(self, numbers: dict[str, Any]) -> float:
+        """The bound as a number."""
+        return self.bound * (numbers[self.times] if self.times else 1.0) + (numbers[self.plus] if self.plus else 0.0)
+
+    def holds(self, numbers: dict[str, Any]) -> bool:
+        """Whether the bound is kept; a NaN keeps none."""
+        value, limit = numbers[self.metric], self.limit(numbers)
+        return value >= limit if self.relation == "at_least" else value <= limit
+
+    def __str__(self) -> str:
+        bound = f"{self.bound:g}" + (f" x {self.times}" if self.times else "") + (f" + {self.plus}" if self.plus else "")
+        return f"{self.metric} {'>=' if self.relation == 'at_least' else '<='} {bound}"
+
+
+@register("settings", "evaluate")
+@dataclass(frozen=True)
+class Evaluate:
+    """How a run is measured."""
+
+    samples: int = 1000
+    size: int = 96
+    """Side in pixels to which images are scaled for the feature network."""
+    gates: tuple[Gate, ...] = ()
+    """Bounds that must be kept for the evaluation to succeed."""
+
+
+@register("recipe", "recipe")
+@dataclass(frozen=True)
+class Recipe:
+    """Everything about a run; saved as JSON in the run folder and in each checkpoint."""
+
+    data: Any = Digits()  # noqa: RUF009 (frozen)
+    codec: Any = Pixels()  # noqa: RUF009
+    conditioner: Any = Label()  # noqa: RUF009
+    model: Any = models.JiTConfig()  # noqa: RUF009
+    denoiser: Meaning = Meaning(prediction="x0", clock="1-t", t_eps=0.05)  # noqa: RUF009
+    objective: Any = Regression(times=LogitNormal(0.8, 0.8))  # noqa: RUF009
+    train: Train = Train()  # noqa: RUF009
+    sample: Sample = Sample()  # noqa: RUF009
+    evaluate: Evaluate = Evaluate()  # noqa: RUF009
+    seed: int = 0
+
+    def fitted(self, data: Dataset) -> Recipe:
+        """The recipe for this data: its classes, channels and size become those of the model and the conditioner.
+
+        Raises DitkitError if patches do not tile the images.
+        """
+        channels, height, width = self.codec.shape(data.channels, *data.resolution)
+        patch = getattr(self.model, "patch_size", 1)
+        if height % patch or width % patch:
+            raise DitkitError(
+                f"images of {height} x {width} are not tiled by patches of {patch}: "
+                "change --model.patch-size or --data.resolution"
+            )
+        model = replace(
+            self.model,
+            in_channels=channels,
+            input_size=height if height == width else (height, width),
+            num_classes=len(data.classes),
+        )
+        return replace(self, model=model, conditioner=replace(self.conditioner, classes=data.classes))
+
+    def to_json(self) -> str:
+        """The recipe as indented JSON."""
+        return json.dumps(to_json(self), indent=1) + "\n"
+
+    @staticmethod
+    def from_json(text: str, where: str = "recipe.json") -> Recipe:
+        """The inverse of `to_json`. Raises DitkitError that names `where`."""
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise DitkitError(f"{where} is not JSON: {error}") from None
+        recipe = from_json(value, where)
+        if not isinstance(recipe, Recipe):
+            raise DitkitError(f"{where} does not hold a recipe")
+        return recipe
+
+
+def device_of(name: str) -> torch.device:
+    """A device by name; "auto" is the first GPU, or else the CPU. Raises DitkitError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise DitkitError(f"the device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device

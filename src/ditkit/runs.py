@@ -1,0 +1,218 @@
+"""The run folder: what is in it, how it is written so that nothing is ever half there, and how it is read.
+
+    recipe.json                     the recipe, fitted to the data
+    log.jsonl                       one row per `log_every` steps
+    checkpoints/step-00001000/      model, ema-DECAY, optimizer .safetensors, state.json with their sizes and hashes
+    samples/step-00001000.png       sample sheets
+    report.html, report.json, ...   what `ditkit evaluate` writes
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .config import DitkitError
+from .recipe import Recipe
+
+__all__ = ["Checkpoint", "Run", "atomic_write", "find_checkpoint"]
+
+_TEMPORARY = ".writing-"
+
+
+def _sync(path: Path) -> None:
+    """Make a file, or the names in a folder, survive a crash of the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _reason(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def atomic_write(path: Path, content: str | bytes) -> None:
+    """Write a file under a temporary name, fsync, rename: it holds the old content or the new, never a part.
+
+    Raises DitkitError if it cannot be written; the old file then stays.
+    """
+    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        _sync(temporary)
+        temporary.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise DitkitError(f"cannot write {path}: {_reason(error)}") from None
+
+
+class Checkpoint:
+    """One complete checkpoint. Tensors are read when asked for, and checked against the hash in state.json."""
+
+    def __init__(self, folder: Path):
+        """Raises DitkitError for a folder that is no checkpoint, or whose files are missing or truncated."""
+        self.folder = folder
+        try:
+            self.state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+            files, self.step = dict(self.state["files"]), int(self.state["step"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DitkitError(f"{folder} is not a checkpoint: state.json: {_reason(error)}") from None
+        for name, (size, _) in files.items():
+            path = folder / name
+            actual = path.stat().st_size if path.exists() else None
+            if actual != size:
+                found = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
+                raise DitkitError(f"the checkpoint {folder} is damaged: {name} {found}; delete it to use an older one")
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe as it was when the checkpoint was written."""
+        return Recipe.from_json(json.dumps(self.state["recipe"]), f"{self.folder / 'state.json'}")
+
+    @property
+    def emas(self) -> tuple[float, ...]:
+        """Decays of the averaged weights that are stored."""
+        names = self.state["files"]
+        return tuple(float(n[4:-12]) for n in names if n.startswith("ema-"))
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of "model", "ema-0.9999" or "optimizer". Raises DitkitError for corrupt files."""
+        path = self.folder / f"{name}.safetensors"
+        if path.name not in self.state["files"]:
+            raise DitkitError(f"the checkpoint {self.folder} holds no {path.name}")
+        if _sha256(path) != self.state["files"][path.name][1]:
+            raise DitkitError(
+                f"the checkpoint {self.folder} is damaged: {path.name} does not have the content that was written; "
+                "delete it to use an older one"
+            )
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise DitkitError(f"cannot read {path}: {_reason(error)}") from None
+
+
+class Run:
+    """A run folder."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log.jsonl"
+
+    def exists(self) -> bool:
+        """Whether the folder holds a run."""
+        return (self.folder / "recipe.json").is_file()
+
+    def recipe(self) -> Recipe:
+        """The fitted recipe. Raises DitkitError if the folder holds no run."""
+        path = self.folder / "recipe.json"
+        try:
+            return Recipe.from_json(path.read_text(), str(path))
+        except (OSError, UnicodeDecodeError) as error:
+            raise DitkitError(f"{self.folder} is not a run: {path.name}: {_reason(error)}") from None
+
+    def begin(self, recipe: Recipe) -> None:
+        """Make the folder and write the recipe; leftovers of a crash are removed."""
+        atomic_write(self.folder / "recipe.json", recipe.to_json())
+        for leftover in (*self.folder.glob(f"{_TEMPORARY}*"), *self.folder.glob(f"checkpoints/{_TEMPORARY}*")):
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
+
+    def checkpoints(self) -> list[Path]:
+        """Folders of finished checkpoints, oldest first."""
+        return sorted((self.folder / "checkpoints").glob("step-*"))
+
+    def newest(self) -> Checkpoint | None:
+        """The newest complete checkpoint, None before the first. Raises DitkitError if it is damaged."""
+        found = self.checkpoints()
+        return Checkpoint(found[-1]) if found else None
+
+    def save(
+        self, step: int, recipe: Mapping[str, Any], groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+    ) -> Path:
+        """Write a checkpoint under a temporary name, fsync everything, rename.
+
+        Raises DitkitError if that fails (a full disk); older checkpoints stay whole and the attempt is removed.
+        """
+        final = self.folder / "checkpoints" / f"step-{step:08d}"
+        if final.exists():
+            return final
+        temporary = final.with_name(f"{_TEMPORARY}{os.getpid()}-{final.name}")
+        try:
+            temporary.mkdir(parents=True)
+            files = {}
+            for name, tensors in groups.items():
+                path = temporary / f"{name}.safetensors"
+                save_file({key: value.detach().contiguous() for key, value in tensors.items()}, path)
+                _sync(path)
+                files[path.name] = (path.stat().st_size, _sha256(path))
+            content = {"step": step, "files": files, **state, "recipe": recipe}
+            atomic_write(temporary / "state.json", json.dumps(content, indent=1) + "\n")
+            _sync(temporary)
+            temporary.rename(final)
+            _sync(final.parent)
+        except (OSError, SafetensorError, DitkitError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            older = self.checkpoints()
+            kept = f"the last good checkpoint is {older[-1]}" if older else "there is no earlier checkpoint"
+            raise DitkitError(f"cannot write the checkpoint of step {step} in {final.parent}: {_reason(error)}; {kept}") from None
+        return final
+
+    def prune(self, keep: int) -> None:
+        """Remove all but the newest checkpoints; a folder loses its name first, so that it is never half there."""
+        for folder in self.checkpoints()[:-keep]:
+            doomed = folder.with_name(f"{_TEMPORARY}{folder.name}")
+            folder.rename(doomed)
+            shutil.rmtree(doomed)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The log, without a last line that a kill cut off."""
+        rows = []
+        if self.log.exists():
+            for line in self.log.read_text().splitlines():
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError:
+                    break
+        return rows
+
+    def cut_log(self, step: int) -> None:
+        """Drop the rows after a step, and a line that a kill cut off."""
+        if self.log.exists():
+            kept = [json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step]
+            atomic_write(self.log, "".join(kept))
+
+
+def find_checkpoint(path: str | Path) -> Checkpoint:
+    """The checkpoint meant by a run folder (its newest) or a checkpoint folder. Raises DitkitError if there is none."""
+    folder = Path(path)
+    if not folder.exists():
+        raise DitkitError(f"there is no run or checkpoint at {folder}")
+    if (folder / "state.json").exists() or not (folder / "recipe.json").exists():
+        return Checkpoint(folder)
+    newest = Run(folder).newest()
+    if newest is None:
+        raise DitkitError(f"the run {folder} has no checkpoint yet: train it first")
+    return newest

@@ -1,0 +1,90 @@
+"""What training says: rows of log.jsonl always, tensorboard when asked, a progress bar for the person."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tqdm import tqdm
+
+from ..config import DitkitError
+
+__all__ = ["WALL_CLOCK", "Log"]
+
+WALL_CLOCK = ("time", "images_per_second")
+"""Fields of a row that depend on the machine; all others are the same in every run of a recipe."""
+
+
+class Log:
+    """Collects the terms of each step and writes their means every `every` steps."""
+
+    def __init__(self, path: Path, *, every: int, first: int, total: int, tensorboard: bool, quiet: bool):
+        """first, total: steps done so far and in all. Raises DitkitError if tensorboard is asked for and not there."""
+        self.every = every
+        self.sums: dict[str, float] = {}
+        self.count = 0
+        self.board = _board(path.parent / "tensorboard", first) if tensorboard else None
+        try:
+            self.file = path.open("a")
+        except OSError as error:
+            raise DitkitError(f"cannot write {path}: {error.strerror}") from None
+        self.bar = tqdm(total=total, initial=first, unit="step", disable=quiet, dynamic_ncols=True, smoothing=0.05)
+        self._since, self._images = time.perf_counter(), 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.bar.close()
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The unfinished row, for a checkpoint."""
+        return {"sums": dict(self.sums), "count": self.count}
+
+    @state.setter
+    def state(self, state: dict[str, Any]) -> None:
+        self.sums, self.count = dict(state["sums"]), state["count"]
+
+    def step(self, step: int, images: int, terms: dict[str, float], **now: float) -> None:
+        """After step number `step`: `images` seen in it, `terms` to be averaged, and values as they are `now`."""
+        self._images += images
+        self.count += 1
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.bar.update()
+        if step % self.every:
+            return
+        speed = self._images / max(time.perf_counter() - self._since, 1e-9)
+        self._since, self._images = time.perf_counter(), 0
+        row = {"step": step, **{name: total / self.count for name, total in self.sums.items()}, **now}
+        self.sums, self.count = {}, 0
+        self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {speed:.0f} images/s")
+        try:
+            self.file.write(json.dumps({**row, "images_per_second": round(speed, 1), "time": round(time.time(), 2)}) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise DitkitError(f"cannot write {self.file.name}: {error.strerror}") from None
+        if self.board is not None:
+            for name, value in row.items():
+                if name != "step":
+                    self.board.add_scalar(name, value, step)
+
+    def say(self, line: str) -> None:
+        """A line above the progress bar."""
+        if not self.bar.disable:
+            self.bar.write(line)
+
+
+def _board(folder: Path, first: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise DitkitError("train.tensorboard needs tensorboard: pip install 'ditkit[tensorboard]'") from None
+    return SummaryWriter(str(folder), purge_step=first + 1)

@@ -1,0 +1,272 @@
+"""The training loop, and the only one: data, codec, conditioner, objective, optimiser, averages.
+
+Every random number and the order of the data are pure functions of (seed, step, name, position in the stream), and a
+checkpoint holds weights, averages, optimiser and the unfinished log row: a run that was killed and resumed is
+bit-identical to one that was not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..codecs import Codec
+from ..config import DitkitError, to_json
+from ..data import Batch, Dataset, Order
+from ..diffusion import Denoiser, Objective
+from ..models import Model
+from ..pipeline import Pipeline
+from ..recipe import Recipe, device_of
+from ..rng import Rng
+from ..runs import Checkpoint, Run, atomic_write
+from ..sheet import png, sheet
+from .ema import Averages
+from .log import Log
+
+__all__ = ["Trainer", "train"]
+
+_MAY_CHANGE = ("train", "sample", "evaluate")
+_FIXED = ("batch", "emas", "precision")
+
+
+def train(recipe: Recipe, folder: str | Path, *, quiet: bool = False) -> bool:
+    """Train a recipe in a run folder, from its newest checkpoint if there is one. True if all steps are done.
+
+    False: SIGTERM or Ctrl-C came, a checkpoint was written, and the same call goes on from there. Raises DitkitError for
+    data or a combination that cannot work (before anything is written), for a folder that holds another run, for a loss
+    that is not finite (the last good checkpoint stays), and when the disk is full.
+    """
+    data = recipe.data.open()
+    recipe = recipe.fitted(data)
+    if len(data.train) == 0:
+        raise DitkitError(f"{data.name} has no training images")
+    run = Run(folder)
+    checkpoint = None
+    if run.exists():
+        _same_run(run, recipe)
+        checkpoint = run.newest()
+    elif run.folder.exists() and any(run.folder.iterdir()):
+        raise DitkitError(f"{run.folder} is not empty and holds no run: choose another --out")
+    trainer = Trainer(recipe, data)
+    if checkpoint is not None:
+        if checkpoint.step > recipe.train.steps:
+            raise DitkitError(
+                f"{run.folder} has been trained for {checkpoint.step} steps already: give more than that in --train.steps"
+            )
+        trainer.restore(checkpoint)
+    run.begin(recipe)
+    run.cut_log(trainer.step)
+    for line in data.skipped if not quiet else ():
+        print(f"skipped {line}")
+    return _steps(trainer, run, checkpoint, quiet)
+
+
+class Trainer:
+    """Model, optimiser and averages, and one optimiser step of them."""
+
+    def __init__(self, recipe: Recipe, data: Dataset):
+        """Raises DitkitError for a combination that cannot work."""
+        settings = recipe.train
+        self.recipe, self.data, self.settings = recipe, data, settings
+        self.device = device_of(settings.device)
+        with torch.device(self.device):
+            self.model: Model = recipe.model.build(recipe.seed)
+        self.model.train()
+        self.denoiser: Denoiser = recipe.denoiser.of(self.model)
+        self.objective: Objective = recipe.objective
+        self.objective.check(self.denoiser)
+        if settings.compile:
+            for name in self.model.plan.shard:
+                for block in self.model.get_submodule(name).children():
+                    block.compile()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            trained, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+        )
+        self.averages = Averages(self.model, settings.emas)
+        self.rng = Rng(recipe.seed)
+        self.order = Order(self.rng, len(data.train))
+        self.step = 0
+        self.log_state: dict[str, Any] = {"sums": {}, "count": 0}
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        s = self.settings
+        rise = min(1.0, (step + 1) / s.warmup) if s.warmup else 1.0
+        fall = min(1.0, (s.steps - step) / s.cooldown) if s.cooldown else 1.0
+        return s.lr * min(rise, fall)
+
+    def positions(self, step: int) -> list[Tensor]:
+        """Where in the endless stream of the data the parts of a step's batch are."""
+        s = self.settings
+        return list(torch.arange(step * s.batch, (step + 1) * s.batch).split(s.batch // s.accumulate))
+
+    def read(self, step: int) -> list[tuple[Tensor, Batch]]:
+        """The parts of a step's batch, with their positions."""
+        parts = []
+        for positions in self.positions(step):
+            rng = self.rng.at(step, positions)
+            parts.append((positions, self.data.train.batch(self.order(positions), rng)))
+        return parts
+
+    def advance(self, parts: list[tuple[Tensor, Batch]]) -> tuple[dict[str, float], float, float]:
+        """One optimiser step: mean terms of the loss, norm of the gradient, learning rate.
+
+        Raises DitkitError, before the weights change, for a loss or gradient that is not finite.
+        """
+        recipe, settings, number = self.recipe, self.settings, self.step + 1
+        codec: Codec = recipe.codec
+        # the one use of the global generator: dropout inside the network, a function of (seed, step) as all else
+        torch.manual_seed(self.rng.at(self.step).generator("dropout").initial_seed())
+        sums: dict[str, float] = {}
+        for positions, batch in parts:
+            rng = self.rng.at(self.step, positions.to(self.device))
+            x0 = codec.encode(batch.images.to(self.device), rng)
+            cond = recipe.conditioner(batch.label, self.rng.at(self.step, positions)).to(self.device)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+                loss = self.objective.loss(self.denoiser, x0, cond, rng)
+            total, share = loss.total.mean(), len(positions) / settings.batch
+            value = float(total.detach())
+            if not math.isfinite(value):
+                raise DitkitError(f"the loss is {value} at step {number}")
+            (total * share).backward()
+            for name, term in {"loss": loss.total, **loss.terms}.items():
+                sums[name] = sums.get(name, 0.0) + float(term.detach().mean()) * share
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip or math.inf))
+        if not math.isfinite(norm):
+            raise DitkitError(f"the norm of the gradient is {norm} at step {number}")
+        rate = self.rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.averages.update()
+        self.step = number
+        return sums, norm, rate
+
+    def pipeline(self) -> Pipeline:
+        """A pipeline on the averaged weights that sampling uses; it shares their memory."""
+        recipe = self.recipe
+        decay = recipe.train.emas[0] if recipe.sample.ema is None else recipe.sample.ema
+        with torch.device("meta"):
+            model = recipe.model.build()
+        weights = self.averages.tensors(decay) if decay else dict(self.model.state_dict())
+        model.load_state_dict(weights, assign=True)
+        shape = recipe.codec.shape(self.data.channels, *self.data.resolution)
+        return Pipeline(recipe, model, shape, f"step {self.step}")
+
+    def save(self, run: Run) -> Path:
+        """Write a checkpoint of this step. Raises DitkitError if that fails; older ones stay."""
+        names = {p: name for name, p in self.model.named_parameters()}
+        optimizer = {
+            f"{key}.{names[p]}": value for p, slots in self.optimizer.state.items() for key, value in slots.items()
+        }
+        groups: dict[str, Mapping[str, Tensor]] = {"model": self.model.state_dict(), "optimizer": optimizer}
+        for decay in self.averages.decays:
+            groups[f"ema-{decay}"] = self.averages.tensors(decay)
+        state = {"log": self.log_state, "torch": torch.__version__}
+        return run.save(self.step, to_json(self.recipe), groups, state)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Become what the checkpoint was. Raises DitkitError if it is damaged or of another model."""
+        self.model.load_state_dict(checkpoint.tensors("model"))
+        for decay in self.averages.decays:
+            self.averages.restore(decay, checkpoint.tensors(f"ema-{decay}"))
+        slots = checkpoint.tensors("optimizer")
+        for name, parameter in self.model.named_parameters():
+            found = {key.split(".", 1)[0]: v for key, v in slots.items() if key.split(".", 1)[1] == name}
+            if found:
+                self.optimizer.state[parameter] = {
+                    key: value.to(parameter.device if value.ndim else "cpu").clone() for key, value in found.items()
+                }
+        self.step = checkpoint.step
+        self.log_state = checkpoint.state["log"]
+
+
+def _steps(trainer: Trainer, run: Run, saved: Checkpoint | None, quiet: bool) -> bool:
+    """Run the remaining steps; True if all are done, False if a signal came."""
+    settings, last = trainer.settings, saved.folder if saved else None
+    log = Log(
+        run.log,
+        every=settings.log_every,
+        first=trainer.step,
+        total=settings.steps,
+        tensorboard=settings.tensorboard,
+        quiet=quiet,
+    )
+    log.state = trainer.log_state
+    with log, _signals() as asked, ThreadPoolExecutor(1) as reader:
+        ahead: Future[Any] | None = None
+        while trainer.step < settings.steps and not asked:
+            parts = trainer.read(trainer.step) if ahead is None else ahead.result()
+            ahead = reader.submit(trainer.read, trainer.step + 1)
+            try:
+                terms, norm, rate = trainer.advance(parts)
+            except DitkitError as error:
+                kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+                raise DitkitError(f"{error}; {kept}; try a lower --train.lr or --train.clip 1") from None
+            log.step(trainer.step, settings.batch, {**terms, "grad_norm": norm}, lr=rate)
+            trainer.log_state = log.state
+            done = trainer.step == settings.steps
+            if trainer.step % settings.checkpoint_every == 0 or done:
+                last = trainer.save(run)
+                run.prune(settings.keep)
+            if settings.sample_every and (trainer.step % settings.sample_every == 0 or done):
+                _sheet(trainer, run)
+        if asked:
+            last = trainer.save(run)
+            log.say(f"stopped after step {trainer.step}; go on with: ditkit train {run.folder}")
+    return trainer.step == settings.steps
+
+
+def _sheet(trainer: Trainer, run: Run) -> None:
+    """Eight samples of each class, or 64, always from the same noise."""
+    pipeline = trainer.pipeline()
+    classes = len(pipeline.classes)
+    columns = min(classes, 10) or 8
+    images = pipeline.sample(None if classes <= 10 else list(range(10)) * 8, columns * 8)
+    atomic_write(run.folder / "samples" / f"step-{trainer.step:08d}.png", png(sheet(images, columns)))
+
+
+def _same_run(run: Run, recipe: Recipe) -> None:
+    """Raises DitkitError if the folder holds a run that this recipe cannot continue."""
+    old = run.recipe()
+    for field in fields(Recipe):
+        if field.name not in _MAY_CHANGE and getattr(old, field.name) != getattr(recipe, field.name):
+            raise DitkitError(
+                f"{run.folder} holds another run: its {field.name} is {getattr(old, field.name)}, "
+                f"not {getattr(recipe, field.name)}; choose another --out, or continue it with: ditkit train {run.folder}"
+            )
+    for name in _FIXED:
+        if getattr(old.train, name) != getattr(recipe.train, name):
+            raise DitkitError(f"{run.folder} was begun with train.{name} = {getattr(old.train, name)}, which cannot change")
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """While open, the first SIGTERM or Ctrl-C is noted in the list; a second Ctrl-C interrupts at once."""
+    asked: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        asked.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not the main thread: signals are somebody else's
+        yield asked
+        return
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
