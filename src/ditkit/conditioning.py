@@ -106,7 +106,7 @@ class Conditioning:
 def cat(conds: Sequence[Conditioning]) -> Conditioning:
     """Several batches as one; token sequences are padded to the longest. Prepare after joining, not before."""
     _refuse_static(*conds)
-    return _zip(torch.cat, *conds)
+    return _zip(lambda tensors: torch.cat(tuple(tensors)), *conds)
 
 
 def _refuse_static(*conds: Conditioning) -> None:

@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, get_type_hints
 
-__all__ = ["DitkitError", "from_json", "lookup", "names", "near", "register", "register_name", "to_json"]
+__all__ = ["DitkitError", "differences", "from_json", "lookup", "names", "near", "register", "register_name", "to_json"]
 
 T = TypeVar("T")
 
@@ -112,3 +112,14 @@ def from_json(value: Any, where: str = "configuration") -> Any:
         return cls(**fields)
     except TypeError as error:
         raise DitkitError(f"{where}: {kind}/{name}: {error}") from None
+
+
+def differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """How two configurations, as JSON values, differ: "model.depth is 4, not 8" for each field."""
+    if isinstance(old, dict) and isinstance(new, dict) and old.get("type") == new.get("type"):
+        keys = sorted({*old, *new})
+        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{name}.{k}" if name else k)]
+    if old == new:
+        return []
+    old, new = (v.get("type") if isinstance(v, dict) else v for v in (old, new))
+    return [f"{name} is {old}, not {new}"]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ import torch
 from . import models  # the registry must know every model before a recipe is read
 from .codecs import Pixels
 from .conditioners import Label
-from .config import DitkitError, from_json, lookup, near, register, register_name, to_json
+from .config import DitkitError, from_json, lookup, register, to_json
 from .data import Dataset, Digits
 from .diffusion import Heun, LogitNormal, Meaning, Regression
 
@@ -116,7 +114,9 @@ class Gate:
         return value >= limit if self.relation == "at_least" else value <= limit
 
     def __str__(self) -> str:
-        bound = f"{self.bound:g}" + (f" x {self.times}" if self.times else "") + (f" + {self.plus}" if self.plus else "")
+        bound = (
+            f"{self.bound:g}" + (f" x {self.times}" if self.times else "") + (f" + {self.plus}" if self.plus else "")
+        )
         return f"{self.metric} {'>=' if self.relation == 'at_least' else '<='} {bound}"
 
 
@@ -143,9 +143,9 @@ class Recipe:
     model: Any = models.JiTConfig()  # noqa: RUF009
     denoiser: Meaning = Meaning(prediction="x0", clock="1-t", t_eps=0.05)  # noqa: RUF009
     objective: Any = Regression(times=LogitNormal(0.8, 0.8))  # noqa: RUF009
-    train: Train = Train()  # noqa: RUF009
-    sample: Sample = Sample()  # noqa: RUF009
-    evaluate: Evaluate = Evaluate()  # noqa: RUF009
+    train: Train = Train()
+    sample: Sample = Sample()
+    evaluate: Evaluate = Evaluate()
     seed: int = 0
 
     def fitted(self, data: Dataset) -> Recipe:

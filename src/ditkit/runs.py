@@ -1,10 +1,10 @@
 """The run folder: what is in it, how it is written so that nothing is ever half there, and how it is read.
 
-    recipe.json                     the recipe, fitted to the data
-    log.jsonl                       one row per `log_every` steps
-    checkpoints/step-00001000/      model, ema-DECAY, optimizer .safetensors, state.json with their sizes and hashes
-    samples/step-00001000.png       sample sheets
-    report.html, report.json, ...   what `ditkit evaluate` writes
+recipe.json                     the recipe, fitted to the data
+log.jsonl                       one row per `log_every` steps
+checkpoints/step-00001000/      model, ema-DECAY, optimizer .safetensors, state.json with their sizes and hashes
+samples/step-00001000.png       sample sheets
+report.html, report.json, ...   what `ditkit evaluate` writes
 """
 
 from __future__ import annotations
@@ -177,7 +177,9 @@ class Run:
             shutil.rmtree(temporary, ignore_errors=True)
             older = self.checkpoints()
             kept = f"the last good checkpoint is {older[-1]}" if older else "there is no earlier checkpoint"
-            raise DitkitError(f"cannot write the checkpoint of step {step} in {final.parent}: {_reason(error)}; {kept}") from None
+            raise DitkitError(
+                f"cannot write the checkpoint of step {step} in {final.parent}: {_reason(error)}; {kept}"
+            ) from None
         return final
 
     def prune(self, keep: int) -> None:

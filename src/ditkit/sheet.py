@@ -21,7 +21,9 @@ def sheet(images: UInt8[Tensor, "n c h w"], columns: int | None = None, margin: 
     columns = min(columns or math.ceil(math.sqrt(n)), n)
     rows = -(-n // columns)
     mode, shown = ("L", images[:, 0]) if c < 3 else ("RGB", images[:, :3].permute(0, 2, 3, 1))
-    picture = Image.new(mode, (columns * (w + margin) + margin, rows * (h + margin) + margin), 255 if c < 3 else "white")
+    picture = Image.new(
+        mode, (columns * (w + margin) + margin, rows * (h + margin) + margin), 255 if c < 3 else "white"
+    )
     for i, image in enumerate(shown.contiguous().numpy()):
         place = (margin + (i % columns) * (w + margin), margin + (i // columns) * (h + margin))
         picture.paste(Image.fromarray(image), place)

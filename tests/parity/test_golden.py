@@ -70,7 +70,9 @@ class Golden:
         return set(self.tensors) - self.used
 
 
-def check_loss(golden: Golden, model: torch.nn.Module, denoiser: Denoiser, objective: Regression, draws: Replay) -> None:
+def check_loss(
+    golden: Golden, model: torch.nn.Module, denoiser: Denoiser, objective: Regression, draws: Replay
+) -> None:
     """Terms per sample, their sum, and the gradients of the batch mean."""
     cond = Conditioning(label=golden["loss/y"])
     loss = objective.loss(denoiser, golden["loss/x0"], cond, draws)

@@ -109,9 +109,7 @@ class Guided:
             for i, opinion in zip(active, weak, strict=True):
                 out = out + weights[i] * self.guides[i].rule(strong, opinion)
             extra = None if prediction.extra is None else prediction.extra[:b]
-            return Prediction(
-                out, x, prediction.t, prediction.path, prediction.space, prediction.t_eps, extra
-            )
+            return Prediction(out, x, prediction.t, prediction.path, prediction.space, prediction.t_eps, extra)
 
         return denoise
 

@@ -135,7 +135,7 @@ class Regression:
     """
 
     loss_space: str = "velocity"
-    times: Any = Uniform()  # noqa: RUF009 (frozen)
+    times: Any = Uniform()
     weighting: Any = None
     variance: str | None = None
 
@@ -172,8 +172,10 @@ class Regression:
             terms["vb"] = self._bound(prediction, x0, denoiser.path)
         return Loss(terms, t)
 
-    def _bound(self, prediction: Prediction, x0: Tensor, path: DDPM) -> Float[Tensor, "b"]:
+    def _bound(self, prediction: Prediction, x0: Tensor, path: Path) -> Float[Tensor, "b"]:
         """Variational bound of one step in bits per dimension; the mean is detached, only the variance learns."""
+        if not isinstance(path, DDPM):
+            raise DitkitError("objective.variance = 'hybrid' needs a DDPM path")
         if prediction.extra is None:
             raise DitkitError("objective.variance = 'hybrid' needs a network that predicts it: model.learn_sigma=True")
         t, step = prediction.t, 1 / path.steps

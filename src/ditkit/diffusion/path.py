@@ -130,4 +130,3 @@ def log_snr(path: Path, t: Time) -> Tensor:
     """log(alpha^2 / sigma^2); infinite at the ends of time."""
     alpha, sigma = path(t)
     return 2 * (torch.log(alpha) - torch.log(sigma))
-

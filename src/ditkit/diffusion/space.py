@@ -19,7 +19,7 @@ from torch import Tensor
 from ..config import DitkitError, lookup, names, near, register_name
 from .path import Path, Time, as_time
 
-__all__ = ["Row", "SPACES", "det", "reading", "row", "singular_ends"]
+__all__ = ["SPACES", "Row", "det", "reading", "row", "singular_ends"]
 
 Row = tuple[Tensor, Tensor]
 

@@ -28,7 +28,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t: Float[Tensor, "b"]) -> Float[Tensor, "b d"]:
-        return self.mlp(sinusoid(t, self.frequencies))
+        return self.mlp(sinusoid(t, self.frequencies).to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):

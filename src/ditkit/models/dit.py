@@ -131,4 +131,6 @@ SIZES = {
     "l": DiTConfig(depth=24, hidden_size=1024, num_heads=16),
     "xl": DiTConfig(depth=28, hidden_size=1152, num_heads=16),
 }
-register_models({f"dit_{size}_{patch}": replace(c, patch_size=patch) for size, c in SIZES.items() for patch in (2, 4, 8)})
+register_models(
+    {f"dit_{size}_{patch}": replace(c, patch_size=patch) for size, c in SIZES.items() for patch in (2, 4, 8)}
+)

@@ -158,12 +158,8 @@ class JiT(Model):
 SIZES = {
     "b": JiTConfig(depth=12, hidden_size=768, num_heads=12),
     "l": JiTConfig(depth=24, hidden_size=1024, num_heads=16, in_context_start=8),
-    "h": JiTConfig(
-        depth=32, hidden_size=1280, num_heads=16, bottleneck_dim=256, in_context_start=10, proj_drop=0.2
-    ),
-    "g": JiTConfig(
-        depth=40, hidden_size=1664, num_heads=16, bottleneck_dim=256, in_context_start=10, proj_drop=0.2
-    ),
+    "h": JiTConfig(depth=32, hidden_size=1280, num_heads=16, bottleneck_dim=256, in_context_start=10, proj_drop=0.2),
+    "g": JiTConfig(depth=40, hidden_size=1664, num_heads=16, bottleneck_dim=256, in_context_start=10, proj_drop=0.2),
 }
 register_models(
     {

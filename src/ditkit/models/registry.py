@@ -16,7 +16,16 @@ from ..config import DitkitError, lookup, names, near, register_name
 from ..layers import Edit
 from ..rng import Rng
 
-__all__ = ["Model", "ModelConfig", "Plan", "create_model", "instantiate", "list_models", "model_config", "register_models"]
+__all__ = [
+    "Model",
+    "ModelConfig",
+    "Plan",
+    "create_model",
+    "instantiate",
+    "list_models",
+    "model_config",
+    "register_models",
+]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ class Averages:
     def update(self) -> None:
         """After an optimiser step."""
         for decay, copies in self.copies.items():
-            torch._foreach_lerp_(copies, [p.detach() for p in self.source], 1 - decay)
+            torch._foreach_lerp_(copies, list(self.source), 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     def tensors(self, decay: float) -> dict[str, Tensor]:
         """The averaged weights by name; they go on changing with `update`."""

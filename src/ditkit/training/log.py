@@ -14,7 +14,7 @@ from ..config import DitkitError
 
 __all__ = ["WALL_CLOCK", "Log"]
 
-WALL_CLOCK = ("time", "images_per_second")
+WALL_CLOCK = ("time", "seconds", "images_per_second")
 """Fields of a row that depend on the machine; all others are the same in every run of a recipe."""
 
 
@@ -26,6 +26,7 @@ class Log:
         self.every = every
         self.sums: dict[str, float] = {}
         self.count = 0
+        self.before, self.begun = 0.0, time.perf_counter()
         self.board = _board(path.parent / "tensorboard", first) if tensorboard else None
         try:
             self.file = path.open("a")
@@ -45,12 +46,17 @@ class Log:
 
     @property
     def state(self) -> dict[str, Any]:
-        """The unfinished row, for a checkpoint."""
-        return {"sums": dict(self.sums), "count": self.count}
+        """The unfinished row and the seconds of training so far, for a checkpoint."""
+        return {"sums": dict(self.sums), "count": self.count, "seconds": self.seconds}
 
     @state.setter
     def state(self, state: dict[str, Any]) -> None:
-        self.sums, self.count = dict(state["sums"]), state["count"]
+        self.sums, self.count, self.before = dict(state["sums"]), state["count"], state["seconds"]
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on the run, over all its parts."""
+        return round(self.before + time.perf_counter() - self.begun, 2)
 
     def step(self, step: int, images: int, terms: dict[str, float], **now: float) -> None:
         """After step number `step`: `images` seen in it, `terms` to be averaged, and values as they are `now`."""
@@ -67,7 +73,8 @@ class Log:
         self.sums, self.count = {}, 0
         self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {speed:.0f} images/s")
         try:
-            self.file.write(json.dumps({**row, "images_per_second": round(speed, 1), "time": round(time.time(), 2)}) + "\n")
+            clock = {"images_per_second": round(speed, 1), "seconds": self.seconds, "time": round(time.time(), 2)}
+            self.file.write(json.dumps({**row, **clock}) + "\n")
             self.file.flush()
         except OSError as error:
             raise DitkitError(f"cannot write {self.file.name}: {error.strerror}") from None

@@ -12,7 +12,6 @@ import math
 import signal
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..codecs import Codec
-from ..config import DitkitError, to_json
+from ..config import DitkitError, differences, to_json
 from ..data import Batch, Dataset, Order
 from ..diffusion import Denoiser, Objective
 from ..models import Model
@@ -35,15 +34,15 @@ from .log import Log
 __all__ = ["Trainer", "train"]
 
 _MAY_CHANGE = ("train", "sample", "evaluate")
-_FIXED = ("batch", "emas", "precision")
+_FIXED = ("train.batch", "train.emas", "train.precision")
 
 
 def train(recipe: Recipe, folder: str | Path, *, quiet: bool = False) -> bool:
     """Train a recipe in a run folder, from its newest checkpoint if there is one. True if all steps are done.
 
-    False: SIGTERM or Ctrl-C came, a checkpoint was written, and the same call goes on from there. Raises DitkitError for
-    data or a combination that cannot work (before anything is written), for a folder that holds another run, for a loss
-    that is not finite (the last good checkpoint stays), and when the disk is full.
+    False: SIGTERM or Ctrl-C came, a checkpoint was written, and the same call goes on from there. Raises DitkitError
+    for data or a combination that cannot work (before anything is written), for a folder that holds another run, for a
+    loss that is not finite (the last good checkpoint stays), and when the disk is full.
     """
     data = recipe.data.open()
     recipe = recipe.fitted(data)
@@ -60,7 +59,7 @@ def train(recipe: Recipe, folder: str | Path, *, quiet: bool = False) -> bool:
     if checkpoint is not None:
         if checkpoint.step > recipe.train.steps:
             raise DitkitError(
-                f"{run.folder} has been trained for {checkpoint.step} steps already: give more than that in --train.steps"
+                f"{run.folder} has been trained for {checkpoint.step} steps already: give more in --train.steps"
             )
         trainer.restore(checkpoint)
     run.begin(recipe)
@@ -96,7 +95,7 @@ class Trainer:
         self.rng = Rng(recipe.seed)
         self.order = Order(self.rng, len(data.train))
         self.step = 0
-        self.log_state: dict[str, Any] = {"sums": {}, "count": 0}
+        self.log_state: dict[str, Any] = {"sums": {}, "count": 0, "seconds": 0.0}
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -166,7 +165,7 @@ class Trainer:
 
     def save(self, run: Run) -> Path:
         """Write a checkpoint of this step. Raises DitkitError if that fails; older ones stay."""
-        names = {p: name for name, p in self.model.named_parameters()}
+        names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
         optimizer = {
             f"{key}.{names[p]}": value for p, slots in self.optimizer.state.items() for key, value in slots.items()
         }
@@ -239,16 +238,13 @@ def _sheet(trainer: Trainer, run: Run) -> None:
 
 def _same_run(run: Run, recipe: Recipe) -> None:
     """Raises DitkitError if the folder holds a run that this recipe cannot continue."""
-    old = run.recipe()
-    for field in fields(Recipe):
-        if field.name not in _MAY_CHANGE and getattr(old, field.name) != getattr(recipe, field.name):
+    for change in differences(to_json(run.recipe()), to_json(recipe)):
+        name = change.split(" ")[0]
+        if name.split(".")[0] not in _MAY_CHANGE or name.startswith(_FIXED):
             raise DitkitError(
-                f"{run.folder} holds another run: its {field.name} is {getattr(old, field.name)}, "
-                f"not {getattr(recipe, field.name)}; choose another --out, or continue it with: ditkit train {run.folder}"
+                f"{run.folder} holds a run with another recipe: {change}; choose another --out, or go on with "
+                f"that run: ditkit train {run.folder}"
             )
-    for name in _FIXED:
-        if getattr(old.train, name) != getattr(recipe.train, name):
-            raise DitkitError(f"{run.folder} was begun with train.{name} = {getattr(old.train, name)}, which cannot change")
 
 
 @contextlib.contextmanager

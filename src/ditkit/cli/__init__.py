@@ -1,0 +1,68 @@
+"""The command line. Thin, and light: `ditkit --help` imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+from ..config import DitkitError
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "train": "train a recipe, or go on with a run",
+    "sample": "draw images from a run or a checkpoint",
+    "evaluate": "measure a run and write its report",
+    "plan": "parameters, compute and memory of a model, before anyone spends money",
+    "models": "list the models",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise DitkitError(f"{message} (see {self.prog} --help)")
+
+
+def _parser(command: str | None) -> Parser:
+    parser = Parser(
+        prog="ditkit",
+        description="The library of diffusion transformers.",
+        epilog="ditkit COMMAND --help says more. The recipes are digits, demo and folder:PATH.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+    for name, line in COMMANDS.items():
+        sub = commands.add_parser(name, help=line, description=line.capitalize() + ".")
+        if name == command:
+            import_module(f".{name}", __name__).arguments(sub)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status. An error that a person can mend is one line on stderr."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    command = next((w for w in words if not w.startswith("-")), None)
+    try:
+        parser = _parser(command)
+        # the options of a recipe are read by the command itself, once the recipe is known
+        known, rest = parser.parse_known_args(words)
+        if rest and known.command != "train":
+            parser.error(f"unknown option {rest[0]}")
+        return import_module(f".{known.command}", __name__).run(known, rest)
+    except DitkitError as error:
+        print(f"ditkit: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("ditkit: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
+        return 1
+    except MemoryError as error:
+        print(f"ditkit: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1

@@ -1,0 +1,48 @@
+"""`ditkit evaluate RUN`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+__all__ = ["arguments", "run"]
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What is not given is as the recipe has it."""
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run folder; its report is written into it")
+    parser.add_argument("--samples", type=int, help="how many samples to draw")
+    parser.add_argument("--steps", type=int, help="solver steps")
+    parser.add_argument("--guidance", type=float, help="scale of classifier-free guidance, 1 = none")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+
+
+def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from ..evaluation import MEANING, bounds, evaluate, number, write_report
+    from ..runs import Run
+
+    folder = Run(args.run)
+    gates = folder.recipe().evaluate.gates
+    settings = {name: getattr(args, name) for name in ("steps", "guidance") if getattr(args, name) is not None}
+    found = evaluate(
+        args.run,
+        samples=args.samples,
+        seed=args.seed,
+        device=args.device,
+        say=lambda line: print(f"{line} ...", file=sys.stderr, flush=True),
+        **settings,
+    )
+    written = write_report(folder, found, gates)
+    for name, meaning in MEANING.items():
+        if name in found.numbers:
+            print(f"{name:<20} {number(found.numbers[name]):>10}   {meaning}")
+    for bound, came, kept in bounds(found, gates):
+        print(f"{'kept  ' if kept else 'MISSED'}  {bound} ({came})")
+    print("written: " + ", ".join(str(path) for path in written))
+    if found.missed:
+        print(f"ditkit: bounds missed: {'; '.join(str(gate) for gate in found.missed)}", file=sys.stderr)
+        return 1
+    return 0

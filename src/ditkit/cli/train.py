@@ -1,0 +1,108 @@
+"""`ditkit train RECIPE`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import DitkitError
+
+if TYPE_CHECKING:
+    from ..recipe import Recipe
+
+__all__ = ["arguments", "run"]
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the command; every field of the recipe is an option besides."""
+    parser.usage = "ditkit train RECIPE [--out DIR] [--FIELD VALUE ...]"
+    parser.epilog = "Every field of the recipe is an option: `ditkit train digits --train.steps 2000 --model.depth 8`; "
+    parser.epilog += (
+        "`ditkit train digits --fields` lists them. A configuration is chosen by name: --sample.solver euler."
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="digits, demo, folder:PATH, or a run folder to go on with")
+    parser.add_argument(
+        "--out", type=Path, help="the run folder; one that exists is gone on with (default: runs/RECIPE)"
+    )
+    parser.add_argument("--fields", action="store_true", help="list the fields of the recipe and their values")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from ..recipes import find_recipe
+    from ..runs import Run
+    from ..training import train
+
+    out = args.out
+    old = Run(args.recipe)
+    if old.exists():
+        if out is not None and out != old.folder:
+            raise DitkitError("a run goes on in its own folder: leave out --out")
+        recipe, out = old.recipe(), old.folder
+    else:
+        recipe = find_recipe(args.recipe)
+        out = out or Path("runs") / (Path(args.recipe.partition(":")[2]).name or args.recipe)
+    recipe = override(recipe, ["--help"] if args.fields else rest, f"ditkit train {args.recipe}")
+    if train(recipe, out, quiet=args.quiet):
+        print(f"trained: {out}\nsample it with: ditkit sample {out}")
+    return 0
+
+
+def override(recipe: Recipe, words: Sequence[str], prog: str) -> Recipe:
+    """The recipe with options from the command line. Raises DitkitError, in one line, for wrong ones."""
+    import tyro
+
+    words = list(words)
+    recipe = _choose(recipe, words)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(type(recipe), default=recipe, args=words, prog=prog)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise DitkitError(_one_line(said.getvalue())) from None
+
+
+def _choose(recipe: Any, words: list[str]) -> Any:
+    """Apply `--sample.solver euler`, and the like, which replace a whole configuration by a named one.
+
+    The words that were understood are taken out of the list.
+    """
+    from dataclasses import is_dataclass, replace
+
+    from ..config import lookup, names
+
+    def put(node: Any, path: Sequence[str], name: str) -> Any:
+        field, rest = path[0].replace("-", "_"), path[1:]
+        value = getattr(node, field)
+        if rest:
+            return replace(node, **{field: put(value, rest, name)})
+        kind = type(value)._registered_as.partition("/")[0]
+        if kind == "model" and name in names("size"):
+            return replace(node, **{field: lookup("size", name)})
+        return replace(node, **{field: lookup(kind, name)()})
+
+    for i in range(len(words) - 1, -1, -1):
+        word, _, value = words[i].partition("=")
+        node: Any = recipe
+        path = word[2:].split(".") if word.startswith("--") else []
+        for part in path:
+            node = getattr(node, part.replace("-", "_"), None)
+        if path and is_dataclass(node):
+            given = value or (words[i + 1] if i + 1 < len(words) else "")
+            recipe = put(recipe, path, given)
+            del words[i : i + (1 if value else 2)]
+    return recipe
+
+
+def _one_line(message: str) -> str:
+    """tyro's framed message without its frame."""
+    text = " ".join(re.sub(r"[╭╮╰╯│─]+", " ", message).split())
+    text = re.sub(r"^(Parsing error|Unrecognized options|Value error|Error) (?=\S)", "", text)
+    return re.sub(r"For full helptext, run.*", "", text).strip() + " (see: ditkit train RECIPE --fields)"

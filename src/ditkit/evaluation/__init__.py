@@ -1,0 +1,28 @@
+"""Metrics and their protocols, and the report of a run."""
+
+from .classifier import Classifier, train_classifier
+from .distances import Estimate, frechet_distance, kernel_distance
+from .efficientnet import Features
+from .measure import MEANING, Measurement, evaluate
+from .memorization import FMem, f_mem, memorized, within_class_distance
+from .report import bounds, curve, number, write_report
+
+__all__ = [
+    "MEANING",
+    "Classifier",
+    "Estimate",
+    "FMem",
+    "Features",
+    "Measurement",
+    "bounds",
+    "curve",
+    "evaluate",
+    "f_mem",
+    "frechet_distance",
+    "kernel_distance",
+    "memorized",
+    "number",
+    "train_classifier",
+    "within_class_distance",
+    "write_report",
+]

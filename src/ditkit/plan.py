@@ -1,0 +1,154 @@
+"""What a model will cost, before anyone spends money: parameters, multiply-accumulates, memory.
+
+Nothing is computed and no weight is allocated: the model runs on shapes alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from .conditioning import Conditioning
+from .config import DitkitError
+from .models import ModelConfig
+
+__all__ = ["Cost", "cost", "gmacs", "peak_bytes"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Counts for a model at a size. Memory is in bytes and leaves out what an allocator and a driver add."""
+
+    parameters: int
+    trainable: int
+    gmacs: float
+    """Billions of multiply-accumulates of one forward pass of one sample: linear layers, convolutions and both products
+    of attention."""
+    shape: tuple[int, ...]
+    batch: int
+    dtype: str
+    weights: int
+    """The weights in the dtype of sampling."""
+    sampling: int
+    """Weights and the largest sum of what lives at once in one forward pass of the batch."""
+    training: int
+    """Float32 weights, gradients, two AdamW moments and one average, and what lives at once in a training step."""
+
+
+def _given(config: Any, batch: int) -> Conditioning:
+    classes = getattr(config, "num_classes", 0)
+    return Conditioning(label=torch.zeros(batch, dtype=torch.long)) if classes else Conditioning()
+
+
+def gmacs(config: ModelConfig, shape: tuple[int, ...]) -> float:
+    """Billions of multiply-accumulates of one forward pass of one sample of `shape` [c h w]."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        config.build()(torch.empty(1, *shape), torch.empty(1), _given(config, 1))
+    return counter.get_total_flops() / 2e9
+
+
+class _Live(TorchDispatchMode):
+    """Follows the memory of every tensor that an operation returns, until nothing holds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                storage = x.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self.known and key not in given:
+                    self.known.add(key)
+                    self.now += size
+                    weakref.finalize(storage, self.forget, key, size)
+        self.peak = max(self.peak, self.now)
+        return out
+
+
+def peak_bytes(function: Callable[[], Any]) -> int:
+    """The most memory that tensors made by `function` take at one time, in bytes."""
+    with _Live() as live:
+        function()
+    return live.peak
+
+
+def cost(config: ModelConfig, *, resolution: int | None = None, batch: int = 1, dtype: str = "bf16") -> Cost:
+    """The cost of a model on inputs of `resolution` (its own by default), in the units that the model diffuses.
+
+    dtype: "bf16" samples in bfloat16 and trains under autocast, "fp32" does both in float32. Memory assumes attention
+    that does not keep the matrix of weights. Raises DitkitError for a resolution that patches do not tile.
+    """
+    if dtype not in ("bf16", "fp32"):
+        raise DitkitError(f"the dtype is bf16 or fp32, not {dtype!r}")
+    if batch < 1:
+        raise DitkitError(f"the batch is at least 1, not {batch}")
+    fields: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}  # type: ignore[arg-type]
+    if resolution is not None:
+        patch = fields.get("patch_size", 1)
+        if resolution < patch or resolution % patch:
+            raise DitkitError(f"a resolution of {resolution} is not tiled by patches of {patch}")
+        config = dataclasses.replace(config, input_size=resolution)  # type: ignore[type-var]
+        fields["input_size"] = resolution
+    size = fields["input_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    shape = (fields["in_channels"], height, width)
+    with torch.device("meta"):
+        parameters = list(config.build().parameters())
+    count = sum(p.numel() for p in parameters)
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    sampling, training = _memory(config, shape, batch, dtype)
+    weights = count * (2 if dtype == "bf16" else 4)
+    return Cost(
+        parameters=count,
+        trainable=trainable,
+        gmacs=gmacs(config, shape),
+        shape=shape,
+        batch=batch,
+        dtype=dtype,
+        weights=weights,
+        sampling=weights + sampling,
+        # master weights, two moments and an average beside what the step itself makes, which has the gradients
+        training=count * 4 + trainable * 12 + training,
+    )
+
+
+def _memory(config: ModelConfig, shape: tuple[int, ...], batch: int, dtype: str) -> tuple[int, int]:
+    """Bytes alive at once in a forward pass for sampling, and in a forward and backward pass for training."""
+    low = dtype == "bf16"
+    with torch.device("meta"):
+        model = config.build()
+    with FakeTensorMode():
+        weights = {name: torch.empty(p.shape, requires_grad=p.requires_grad) for name, p in model.named_parameters()}
+        x, t, given = torch.empty(batch, *shape), torch.empty(batch), _given(config, batch)
+
+        def step() -> None:
+            with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                out = functional_call(model, weights, (x, t, given))
+            out.float().square().mean().backward()
+
+        training = peak_bytes(step)
+        if low:
+            weights, x = {name: w.detach().bfloat16() for name, w in weights.items()}, x.bfloat16()
+        with torch.no_grad():
+            sampling = peak_bytes(lambda: functional_call(model, weights, (x, t, given)))
+    return sampling, training
