@@ -389,11 +389,11 @@ def test_neighbours_are_those_of_a_direct_search(dtype: torch.dtype, monkeypatch
 
 
 def test_small_differences_between_large_floats_survive() -> None:
-    """In float32 the expansion x^2 + y^2 - 2 x y would call all of these equal."""
-    train = 1000 + torch.arange(8.0)[:, None].expand(-1, 784).contiguous() * 0.01
-    samples = train[:4] + torch.tensor([0.0, 0.0005, 0.001, 0.005])[:, None]
+    """The expansion x^2 + y^2 - 2 x y would call all of these equal in float32, and no copy exact in float64."""
+    train = 1000 + torch.rand(8, 784, generator=generator(1)) / 100
+    samples = train[:4] + torch.tensor([0.0, 0.0, 0.001, 0.005])[:, None]
     found = memorized(samples, train)
-    assert found.d1[0] == 0
+    assert (found.d1[:2] == 0).all()
     assert found.memorized.tolist() == [True, True, True, False]
     direct = (samples.double() - train[:4].double()).square().sum(1).sqrt()
     torch.testing.assert_close(found.d1[:3], direct[:3], rtol=1e-12, atol=0)

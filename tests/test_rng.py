@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 
@@ -97,8 +98,8 @@ def test_time_of_a_sample_is_the_same_bit_for_bit_alone_and_among_many(law: str)
     """Many rows of one number: an elementary function that rounds differently in a vector's tail shows here."""
     n = 20_011
     whole = Rng(1).at(0, rows(n))("t", LAWS[law])
-    for size in (1, 2, 3, 5, 7, 13):
-        parts = [Rng(1).at(0, part)("t", LAWS[law]) for part in rows(n).split(size)[:3000]]
+    for size in (1, 3, 7):
+        parts = [Rng(1).at(0, part)("t", LAWS[law]) for part in rows(n).split(size)[:400]]
         assert same_bits(torch.cat(parts), whole[: sum(len(p) for p in parts)]), size
 
 
@@ -118,7 +119,7 @@ def test_the_number_of_threads_changes_nothing() -> None:
 def test_the_bits_do_not_change_between_versions() -> None:
     """Written down on purpose: other bits break the replay of every run that was ever saved."""
     draws = Rng(1).at(2, torch.tensor([3]))("noise", "uniform", (3,))
-    key = int.from_bytes(__import__("hashlib").blake2b(b"1/noise", digest_size=8).digest(), "little")
+    key = int.from_bytes(hashlib.blake2b(b"1/noise", digest_size=8).digest(), "little")
     words = one_philox([0, 2, 3, 0], [key & 0xFFFFFFFF, key >> 32])
     assert draws.tolist() == [[(w + 0.5) / 2**32 for w in words[:3]]]
 
@@ -144,9 +145,10 @@ def test_another_seed_step_name_or_id_shares_no_number(other: Callable[[], Tenso
     assert not set(here.flatten().tolist()) & set(other().flatten().tolist())
 
 
-def test_a_longer_row_starts_with_other_numbers_or_the_same_but_never_repeats_itself() -> None:
-    draws = Rng(0).at(0, rows(3))("noise", "uniform", (40_000,))
-    assert len(set(draws.flatten().tolist())) > 120_000 - 5  # 2^32 values: 1.7 pairs are expected to coincide
+def test_numbers_come_back_as_often_as_chance_has_it() -> None:
+    draws = Rng(0).at(0, rows(400))("noise", "uniform", (3000,))
+    coincidences = draws.numel() - len(draws.unique())
+    assert 168 - 60 < coincidences < 168 + 60  # 1.2 million among 2^32 values: 168 pairs, give or take 13
 
 
 @pytest.mark.parametrize("ids", [[-1], [-(2**40)], [2**63 - 1], [-(2**63)]])

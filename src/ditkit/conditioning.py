@@ -32,8 +32,10 @@ class Tokens:
             )
 
     def padded(self, length: int) -> Tokens:
-        """The same tokens, padded with masked zeros to `length`."""
+        """The same tokens, padded with masked zeros to `length`. Raises ValueError if there are more."""
         extra = length - self.mask.shape[1]
+        if extra < 0:
+            raise ValueError(f"{self.mask.shape[1]} tokens cannot be padded to {length}")
         if extra == 0:
             return self
         return Tokens(

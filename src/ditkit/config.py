@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import types
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 __all__ = ["DitkitError", "differences", "from_json", "lookup", "names", "near", "register", "register_name", "to_json"]
 
@@ -60,7 +61,9 @@ def near(name: str, known: Iterable[str]) -> str:
 
 def lookup(kind: str, name: str) -> Any:
     """The entry registered as `kind/name`. Raises DitkitError that lists the near names."""
-    entries = _entries.get(kind, {})
+    if kind not in _entries:
+        raise DitkitError(f"unknown kind {kind!r} of {kind}/{name}: {near(kind, _entries)}")
+    entries = _entries[kind]
     if name not in entries:
         raise DitkitError(f"unknown {kind} {name!r}: {near(name, entries)}")
     return entries[name]
@@ -69,7 +72,7 @@ def lookup(kind: str, name: str) -> Any:
 def to_json(value: Any) -> Any:
     """A configuration as JSON values; the inverse of `from_json`."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        kind = getattr(type(value), "_registered_as", None)
+        kind = vars(type(value)).get("_registered_as")  # its own name, not that of a parent class
         if kind is None:
             raise TypeError(f"{type(value).__name__} is not registered and cannot be saved")
         fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
@@ -81,10 +84,27 @@ def to_json(value: Any) -> Any:
     raise TypeError(f"a configuration holds numbers, strings, tuples and configurations, not {type(value).__name__}")
 
 
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value read from JSON has the type that its field declares."""
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, h) for h in args)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        kinds = args[:1] * len(value) if args[-1] is Ellipsis else args
+        return len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
 def from_json(value: Any, where: str = "configuration") -> Any:
     """The configuration that a JSON value describes; lists become tuples, absent fields take their defaults.
 
-    Raises DitkitError for an unknown type or field and for a scalar of the wrong type; `where` names the source.
+    Raises DitkitError for an unknown type or field and for a value of the wrong type; `where` names the source.
     """
     if isinstance(value, list):
         return tuple(from_json(v, where) for v in value)
@@ -94,6 +114,8 @@ def from_json(value: Any, where: str = "configuration") -> Any:
     if not name:
         raise DitkitError(f'{where}: an object without "type" (such as "model/dit")')
     cls = lookup(kind, name)
+    if not isinstance(cls, type):
+        raise DitkitError(f"{where}: {kind}/{name} is a name, not a type with fields")
     known = {f.name for f in dataclasses.fields(cls)}
     hints = get_type_hints(cls)
     fields = {}
@@ -103,11 +125,10 @@ def from_json(value: Any, where: str = "configuration") -> Any:
         if key not in known:
             raise DitkitError(f"{where}: {kind}/{name} has no field {key!r}: {near(key, known)}")
         fields[key] = from_json(raw, where)
-        hint = hints[key]
-        if hint in (int, float, bool, str):
-            accepted = (int, float) if hint is float else hint
-            if not isinstance(fields[key], accepted) or (isinstance(fields[key], bool) and hint is not bool):
-                raise DitkitError(f"{where}: {kind}/{name}.{key} must be {hint.__name__}, not {raw!r}")
+        if not _fits(fields[key], hints[key]):
+            hint = hints[key]
+            wanted = hint.__name__ if isinstance(hint, type) else str(hint)
+            raise DitkitError(f"{where}: {kind}/{name}.{key} must be {wanted}, not {raw!r}")
     try:
         return cls(**fields)
     except TypeError as error:

@@ -26,7 +26,11 @@ __all__ = ["Draw", "Law", "Replay", "Rng", "philox"]
 
 @runtime_checkable
 class Law(Protocol):
-    """A distribution, as a function of uniform draws on (0, 1) or of standard normal draws, which `base` says."""
+    """A distribution, as a function of uniform draws on (0, 1) or of standard normal draws, which `base` says.
+
+    Elementary functions differ in the last bit of float64 between vectors and scalars: a law that uses them rounds its
+    result to float32, or a row would depend on its batch.
+    """
 
     base: str
 
@@ -68,7 +72,7 @@ class Rng:
     """`rng.at(step, sample_ids)(name, law, shape)` draws one row per sample id.
 
     `law` is "uniform" (float64 on the open interval (0, 1)), "normal" (float32) or a `Law`, which gets one of the two
-    (normal in float64). Names used by ditkit: t, noise, solver, drop, flip, order.
+    as float64. Names used by ditkit: t, noise, solver, drop, flip, order.
     """
 
     def __init__(self, seed: int, step: int = 0, sample_ids: Int[Tensor, "b"] | None = None):
@@ -92,7 +96,7 @@ class Rng:
         key = _key(self.seed, name)
         blocks = torch.arange((words + 3) // 4, device=ids.device)[None, :]
         zero = torch.zeros_like(ids + blocks)
-        counter = (blocks + zero, zero + self.step, (ids & 0xFFFFFFFF) + zero, (ids >> 32) + zero)
+        counter = (blocks + zero, zero + self.step, (ids & 0xFFFFFFFF) + zero, (ids >> 32 & 0xFFFFFFFF) + zero)
         out = philox(counter, (key & 0xFFFFFFFF, key >> 32))
         return torch.stack(out, dim=-1).flatten(1)[:, :words]
 
@@ -105,13 +109,11 @@ class Rng:
             pairs = (self.bits(name, count + count % 2).double() + 0.5) * 2.0**-32
             u1, u2 = pairs.chunk(2, dim=1)
             radius, angle = torch.sqrt(-2 * torch.log(u1)), 2 * math.pi * u2
-            draws = torch.cat((radius * torch.cos(angle), radius * torch.sin(angle)), dim=1)[:, :count]
+            draws = torch.cat((radius * torch.cos(angle), radius * torch.sin(angle)), dim=1)[:, :count].float()
         else:
             raise ValueError(f"a law is based on 'uniform' or 'normal', not {base!r}")
-        draws = draws.reshape(-1, *shape)
-        if not isinstance(law, str):
-            return law(draws)
-        return draws.float() if law == "normal" else draws
+        draws = draws.reshape(len(draws), *shape)
+        return draws if isinstance(law, str) else law(draws.double())
 
 
 class Replay:
@@ -130,7 +132,10 @@ class Replay:
         if name not in self.values:
             raise DitkitError(f"nothing to replay under {name!r}: {near(name, self.values)}")
         value = self.values[name]
-        value = value if isinstance(value, Tensor) else value[self.step]
+        if not isinstance(value, Tensor):
+            if self.step >= len(value):
+                raise DitkitError(f"{name!r} is replayed for {len(value)} step(s), step {self.step} was asked for")
+            value = value[self.step]
         if tuple(value.shape[1:]) != tuple(shape):
             raise DitkitError(f"replayed {name!r} has rows of shape {tuple(value.shape[1:])}, asked for {tuple(shape)}")
         return value

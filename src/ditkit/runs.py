@@ -9,6 +9,7 @@ report.html, report.json, ...   what `ditkit evaluate` writes
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -60,7 +61,8 @@ def atomic_write(path: Path, content: str | bytes) -> None:
         temporary.replace(path)
         _sync(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise DitkitError(f"cannot write {path}: {_reason(error)}") from None
 
 

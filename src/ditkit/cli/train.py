@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,9 @@ def override(recipe: Recipe, words: Sequence[str], prog: str) -> Recipe:
 
     words = list(words)
     recipe = _choose(recipe, words)
+    if words == ["--help"]:
+        print("Configurations that are chosen by name, and what they are now:")
+        print("".join(f"  --{path} {value}  (known: {known})\n" for path, value, known in _chosen(recipe)))
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -99,6 +102,22 @@ def _choose(recipe: Any, words: list[str]) -> Any:
             recipe = put(recipe, path, given)
             del words[i : i + (1 if value else 2)]
     return recipe
+
+
+def _chosen(node: Any, path: str = "") -> Iterator[tuple[str, str, str]]:
+    """Option, present name and known names of every configuration inside a recipe that has a choice."""
+    from dataclasses import fields, is_dataclass
+
+    from ..config import names
+
+    for field in fields(node):
+        value = getattr(node, field.name)
+        if is_dataclass(value):
+            kind, _, name = type(value)._registered_as.partition("/")
+            known = names(kind) + (names("size") if kind == "model" else [])
+            if len(known) > 1 and kind != "settings":
+                yield (path + field.name).replace("_", "-"), name, ", ".join(known)
+            yield from _chosen(value, f"{path}{field.name}.")
 
 
 def _one_line(message: str) -> str:

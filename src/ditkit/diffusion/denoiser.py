@@ -13,7 +13,7 @@ from torch import Tensor
 from ..conditioning import Conditioning
 from ..config import DitkitError, lookup, register, register_name
 from .path import DDPM, Linear, Path, Time, as_time
-from .space import check_space, reading, row, singular_ends
+from .space import check_space, infinite_ends, reading, row, singular_ends
 
 __all__ = ["Denoise", "Denoiser", "Meaning", "Prediction", "Startable"]
 
@@ -161,9 +161,11 @@ class Denoiser:
 
     def check(self, visited: Iterable[float], needs: Iterable[str]) -> None:
         """Raises DitkitError if reading the output in a needed space at a visited time is singular."""
+        needs = tuple(needs)
         if self.t_eps > 0 or all(space == self.prediction for space in needs):
             return
-        for end in set(singular_ends(self.prediction, self.path)) & set(visited):
+        ends = {*singular_ends(self.prediction, self.path)}.union(*(infinite_ends(s, self.path) for s in needs))
+        for end in ends & set(visited):
             raise DitkitError(
                 f"{self.prediction} prediction cannot be read at t = {end:g}, which this grid or time sampler visits: "
                 "set denoiser.t_eps above 0, or choose another solver, grid or time sampler"

@@ -66,7 +66,7 @@ class LogitNormal:
         return ()  # the density falls faster than any power of t: every gain keeps a finite variance
 
     def __call__(self, draws: Tensor) -> Tensor:
-        return torch.sigmoid(self.mean + self.std * draws)
+        return torch.sigmoid(self.mean + self.std * draws).float().double()  # see Law
 
 
 @register("times", "discrete")
@@ -179,7 +179,7 @@ class Regression:
         if prediction.extra is None:
             raise DitkitError("objective.variance = 'hybrid' needs a network that predicts it: model.learn_sigma=True")
         t, step = prediction.t, 1 / path.steps
-        q = posterior(path, t, t - step)
+        q = posterior(path, t, (t - step).clamp(min=0))  # a time rounded to float32 may lie below its entry
         # the last step has variance 0; its logarithm is cut to that of the step before
         floor = posterior(path, 2 * step, step).variance
         low = torch.where(q.variance > 0, q.variance, floor).log()

@@ -6,6 +6,7 @@ Time runs from t = 0 (data) to t = 1 (noise), in float64 on the host; alpha and 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -69,8 +70,7 @@ class Linear:
         return -ones, self.noise_scale * ones
 
     def time(self, log_snr: Time) -> Tensor:
-        ratio = torch.exp(-torch.as_tensor(log_snr, dtype=torch.float64) / 2) / self.noise_scale
-        return ratio / (1 + ratio)
+        return torch.sigmoid(-torch.as_tensor(log_snr, dtype=torch.float64) / 2 - math.log(self.noise_scale))
 
     @property
     def prior_std(self) -> float:
@@ -80,8 +80,8 @@ class Linear:
 @functools.lru_cache(maxsize=16)
 def _linear_betas(steps: int, first: float, last: float) -> Tensor:
     """alpha^2 after 0..steps steps, entry 0 = 1 (the data)."""
-    betas = torch.linspace(first, last, steps, dtype=torch.float64)
-    return torch.cat((torch.ones(1, dtype=torch.float64), torch.cumprod(1 - betas, dim=0)))
+    betas = torch.linspace(first, last, steps, dtype=torch.float64, device="cpu")
+    return torch.cat((betas.new_ones(1), torch.cumprod(1 - betas, dim=0)))
 
 
 @register("path", "ddpm")
@@ -118,8 +118,8 @@ class DDPM:
         """The entry of the table whose log-SNR is nearest."""
         alpha2 = _linear_betas(self.steps, self.beta_first, self.beta_last)[1:]
         table = torch.log(alpha2) - torch.log1p(-alpha2)
-        wanted = torch.as_tensor(log_snr, dtype=torch.float64)
-        return ((table - wanted[..., None]).abs().argmin(-1) + 1) / self.steps
+        wanted = torch.as_tensor(log_snr, dtype=torch.float64).clamp(table[-1], table[0])
+        return ((table - wanted[..., None]).abs().argmin(-1).double() + 1) / self.steps
 
     @property
     def prior_std(self) -> float:

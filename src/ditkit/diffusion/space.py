@@ -19,7 +19,7 @@ from torch import Tensor
 from ..config import DitkitError, lookup, names, near, register_name
 from .path import Path, Time, as_time
 
-__all__ = ["SPACES", "Row", "det", "reading", "row", "singular_ends"]
+__all__ = ["SPACES", "Row", "det", "infinite_ends", "reading", "row", "singular_ends"]
 
 Row = tuple[Tensor, Tensor]
 
@@ -76,29 +76,37 @@ def singular_ends(space: str, path: Path) -> tuple[float, ...]:
     return tuple(ends)
 
 
+def infinite_ends(space: str, path: Path) -> tuple[float, ...]:
+    """The ends of time at which a number in `space` is infinite itself (the score of data)."""
+    return tuple(t for t in (0.0, 1.0) if not all(math.isfinite(c) for c in row(space, path, t)))
+
+
+def _away(t: Tensor, ends: tuple[float, ...], t_eps: float) -> Tensor:
+    """Times at least `t_eps` away from the given ends."""
+    return t.clamp(t_eps if 0.0 in ends else 0.0, 1 - t_eps if 1.0 in ends else 1.0)
+
+
 def reading(have: str, want: str, path: Path, t: Time, t_eps: float = 0.0) -> tuple[Tensor, Tensor]:
     """Coefficients (of x, of out) that read `out`, in space `have`, as `want`; the second is the gain of errors.
 
     With `t_eps`, the denominator is taken at least `t_eps` away from an end where `have` is singular: this is JiT's
-    clamp of 1 / t. Without it a reading at a singular end is refused.
+    clamp of 1 / t. A row is taken as far away from an end where it is infinite. Without it both are refused.
     """
     t = as_time(t)
     if have == want:
         return torch.zeros_like(t), torch.ones_like(t)
-    ends = singular_ends(have, path)
-    away = t
-    if 0.0 in ends:
-        away = away.clamp(min=t_eps)
-    if 1.0 in ends:
-        away = away.clamp(max=1 - t_eps)
-    here, want_row, have_row = path(t), row(want, path, t), row(have, path, t)
+    here = path(t)
+    have_row, want_row = (row(space, path, _away(t, infinite_ends(space, path), t_eps)) for space in (have, want))
+    away = _away(t, singular_ends(have, path), t_eps)
     below = det(path(away), row(have, path, away)) if t_eps else det(here, have_row)
-    if not bool((below.abs() > 1e-12).all()):
+    of_x, of_out = det(want_row, have_row) / below, det(here, want_row) / below
+    bad = ~((below.abs() > 1e-12) & of_x.isfinite() & of_out.isfinite())
+    if bool(bad.any()):
         raise DitkitError(
-            f"{have} does not determine {want} at t = {[e for e in ends if bool((t == e).any())]}: "
+            f"{have} does not determine {want} at t = {sorted(set(t[bad].tolist()))}: "
             "set denoiser.t_eps above 0, or keep the grid and the time sampler away from that end"
         )
-    return det(want_row, have_row) / below, det(here, want_row) / below
+    return of_x, of_out
 
 
 def check_space(space: str) -> None:

@@ -1,0 +1,304 @@
+"""The training loss: loss spaces are weights, the variance learns alone, and times come from the published laws."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from ditkit.conditioning import Conditioning
+from ditkit.config import DitkitError
+from ditkit.diffusion import (
+    DDPM,
+    Denoiser,
+    Discrete,
+    Linear,
+    LogitNormal,
+    Loss,
+    Meaning,
+    MinSNR,
+    Objective,
+    Regression,
+    Uniform,
+    posterior,
+)
+from ditkit.rng import Replay, Rng
+
+NOTHING = Conditioning()
+
+
+class Affine(nn.Module):
+    """A small network without structure: out = w x + u t + c, twice the channels on request."""
+
+    def __init__(self, channels: int = 3, double: bool = False):
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        self.conv = nn.Conv2d(channels, channels * (2 if double else 1), 1, dtype=torch.float64)
+        for p in self.parameters():
+            p.data = torch.randn(p.shape, dtype=torch.float64, generator=generator)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Conditioning, *, edit: Any = None) -> Tensor:
+        return self.conv(x.double()) + 0.3 * t.double().view(-1, 1, 1, 1)
+
+
+def batch(n: int, path: Any, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """x0, noise, and times that suit the path."""
+    generator = torch.Generator().manual_seed(seed)
+    x0, noise = (torch.randn(n, 3, 4, 4, dtype=torch.float64, generator=generator) for _ in range(2))
+    u = torch.rand(n, dtype=torch.float64, generator=generator)
+    t = (torch.floor(u * path.steps) + 1) / path.steps if isinstance(path, DDPM) else u
+    return x0, noise, t
+
+
+def losses(objective: Regression, denoiser: Denoiser, x0: Tensor, noise: Tensor, t: Tensor) -> Loss:
+    return objective.loss(denoiser, x0, NOTHING, Replay({"t": t, "noise": noise}))
+
+
+# loss spaces
+
+
+@pytest.mark.parametrize("loss_space", ["x0", "eps", "v", "velocity", "-velocity", "score"])
+@pytest.mark.parametrize("predicts", ["x0", "eps", "v", "velocity", "-velocity"])
+def test_the_loss_is_the_squared_error_in_its_space(predicts: str, loss_space: str) -> None:
+    """Against the definition: read both the output and the truth in the loss space, and subtract."""
+    path = Linear(1.5)
+    x0, noise, t = batch(6, path)
+    t = 0.05 + 0.9 * t
+    denoiser = Meaning(path, predicts, "t").of(Affine())
+    got = losses(Regression(loss_space), denoiser, x0, noise, t)
+    alpha, sigma = (c.view(-1, 1, 1, 1) for c in path(t))
+    read = denoiser(alpha * x0 + sigma * noise, t, NOTHING)
+    truth = read.with_out(read.target(x0, noise)).to(loss_space)
+    assert_close(got.terms["mse"], (read.to(loss_space) - truth).square().mean((1, 2, 3)), rtol=1e-9, atol=1e-12)
+    assert set(got.terms) == {"mse"}
+    assert_close(got.total, got.terms["mse"], rtol=0, atol=0)
+    assert torch.equal(got.t, t)
+
+
+def test_jits_loss_is_the_weighted_error_of_the_image() -> None:
+    """mean((v - v_pred)^2) with 1 / max(1 - t, .05), in JiT's time, where t = 1 is data."""
+    theirs = torch.tensor([0.0, 0.2, 0.5, 0.9, 0.95, 0.97, 1.0], dtype=torch.float64)
+    x0, noise, _ = batch(7, Linear())
+    network = Affine()
+    got = losses(
+        Regression("velocity", LogitNormal(0.8, 0.8)),
+        Meaning(Linear(), "x0", "1-t", t_eps=0.05).of(network),
+        x0,
+        noise,
+        1 - theirs,
+    )
+    t = theirs.view(-1, 1, 1, 1)
+    error = (network(t * x0 + (1 - t) * noise, theirs, NOTHING) - x0).square().mean((1, 2, 3))
+    assert_close(got.total, error / (1 - theirs).clamp(min=0.05) ** 2, rtol=1e-6, atol=0)  # the clock is float32
+
+
+def test_noise_scale_scales_the_noise_and_not_its_draw() -> None:
+    x0, noise, t = batch(4, Linear())
+    network = Affine()
+    seen = []
+    network.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    losses(Regression("x0"), Meaning(Linear(3.0), "x0").of(network), x0, noise, t)
+    c = t.view(-1, 1, 1, 1)
+    assert_close(seen[0], (1 - c) * x0 + 3 * c * noise, rtol=1e-12, atol=1e-12)
+
+
+def test_min_snr_is_the_smaller_of_snr_and_gamma() -> None:
+    path = DDPM()
+    x0, noise, t = batch(64, path)
+    t[:2] = torch.tensor([0.001, 1.0])
+    denoiser = Meaning(path, "eps", "t").of(Affine())
+    plain = losses(Regression("eps", Discrete()), denoiser, x0, noise, t).total
+    weighted = losses(Regression("x0", Discrete(), MinSNR(5.0)), denoiser, x0, noise, t).total
+    alpha, sigma = path(t)
+    snr = alpha**2 / sigma**2
+    # Hang et al. 2023: on the error of eps the weight is min(SNR, gamma) / SNR
+    assert_close(weighted, plain * snr.clamp(max=5.0) / snr, rtol=1e-9, atol=0)
+    assert float(snr.min()) < 5 < float(snr.max())
+    with pytest.raises(DitkitError, match="min_snr is defined on the error of x0"):
+        Regression("eps", weighting=MinSNR())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_is_one_float_per_sample(dtype: torch.dtype) -> None:
+    def model(x: Tensor, t: Tensor, cond: Conditioning, *, edit: Any = None) -> Tensor:
+        return x.to(dtype)
+
+    denoiser = Meaning(Linear(), "velocity").of(model)
+    x0 = torch.ones(5, 2, 3, 3)
+    loss = Regression().loss(denoiser, x0, NOTHING, Rng(0).at(3, torch.arange(5)))
+    assert loss.total.shape == (5,)
+    assert loss.total.dtype == torch.float32
+    assert loss.t.dtype == torch.float64
+
+
+def test_a_sample_has_the_same_loss_in_any_batch() -> None:
+    denoiser = Meaning(Linear(), "x0", t_eps=0.05).of(Affine())
+    x0 = batch(8, Linear())[0].float()
+    objective = Regression("velocity", LogitNormal(0.8, 0.8))
+    ids = torch.arange(100, 108)
+    whole = objective.loss(denoiser, x0, NOTHING, Rng(1).at(7, ids))
+    for index in (torch.tensor([3]), torch.tensor([7, 0, 2])):
+        part = objective.loss(denoiser, x0[index], NOTHING, Rng(1).at(7, ids[index]))
+        assert torch.equal(part.t, whole.t[index])
+        assert_close(part.total, whole.total[index], rtol=1e-6, atol=0)
+
+
+# the learned variance
+
+
+def hybrid(steps: int = 1000, double: bool = True) -> tuple[Regression, Denoiser, DDPM]:
+    path = DDPM(steps)
+    denoiser = Meaning(path, "eps", "index").of(Affine(double=double))
+    return Regression("eps", Discrete(steps), variance="hybrid"), denoiser, path
+
+
+def test_the_bound_teaches_only_the_variance_and_the_error_only_the_mean() -> None:
+    objective, denoiser, path = hybrid()
+    x0, noise, t = batch(8, path)
+    t[:2] = torch.tensor([0.001, 0.002])  # the decoder's step and the one above
+    loss = losses(objective, denoiser, x0, noise, t)
+    assert set(loss.terms) == {"mse", "vb"}
+    assert isinstance(denoiser.model, Affine)
+    weight = denoiser.model.conv.weight
+    for row in range(8):  # each sample by itself, the decoder's too
+        (of_bound,) = torch.autograd.grad(loss.terms["vb"][row], weight, retain_graph=True)
+        (of_error,) = torch.autograd.grad(loss.terms["mse"][row], weight, retain_graph=True)
+        assert not of_bound[:3].any()
+        assert bool(of_bound[3:].any())
+        assert bool(of_error[:3].any())
+        assert not of_error[3:].any()
+
+
+def test_the_bound_is_the_divergence_of_the_two_steps_back_in_bits() -> None:
+    """With the true mean and a variance at a limit, the KL of two Gaussians of known variances."""
+    path = DDPM()
+    x0, noise, _ = batch(5, path)
+    t = torch.tensor([0.002, 0.01, 0.3, 0.7, 1.0], dtype=torch.float64)
+    for raw, limit in ((-1.0, "variance"), (1.0, "beta")):
+
+        def model(x: Tensor, t: Tensor, cond: Conditioning, *, edit: Any = None, raw: float = raw) -> Tensor:
+            return torch.cat((noise, torch.full_like(noise, raw)), dim=1)
+
+        loss = losses(hybrid()[0], Meaning(path, "eps", "index").of(model), x0, noise, t)
+        q = posterior(path, t, t - 0.001)
+        ratio = q.variance / getattr(q, limit)
+        assert_close(loss.terms["vb"], 0.5 * (ratio - 1 - ratio.log()) / math.log(2), rtol=1e-6, atol=1e-9)
+        assert_close(loss.terms["mse"], torch.zeros(5, dtype=torch.float64), rtol=0, atol=1e-20)
+
+
+def test_the_first_step_of_the_table_has_a_finite_bound_also_from_times_in_float32() -> None:
+    for steps in (1000, 100, 70, 3):  # 1/100 rounded to float32 lies below 1/100
+        objective, denoiser, path = hybrid(steps)
+        x0, noise, _ = batch(1, path)
+        exact = losses(objective, denoiser, x0, noise, torch.tensor([1 / steps], dtype=torch.float64))
+        rounded = losses(objective, denoiser, x0, noise, torch.tensor([1 / steps]))
+        assert bool(exact.total.isfinite().all())
+        assert_close(rounded.terms["vb"], exact.terms["vb"], rtol=1e-6, atol=1e-6)
+
+
+def test_a_variance_that_is_not_predicted_cannot_be_taught() -> None:
+    objective, denoiser, path = hybrid(double=False)
+    x0, noise, t = batch(2, path)
+    with pytest.raises(DitkitError, match=r"model\.learn_sigma=True"):
+        losses(objective, denoiser, x0, noise, t)
+
+
+# refusals, before training starts
+
+
+@pytest.mark.parametrize(
+    ("objective", "meaning", "says"),
+    [
+        (Regression("velocity", Uniform()), Meaning(Linear(), "x0"), "x0 prediction cannot be read at t = 0"),
+        (Regression("velocity", Uniform()), Meaning(Linear(), "eps"), "eps prediction cannot be read at t = 1"),
+        (Regression("score", Uniform()), Meaning(Linear(), "velocity"), "cannot be read at t = 0"),
+        (Regression("velocity", Discrete()), Meaning(Linear(), "eps"), "cannot be read at t = 1"),
+        (Regression("eps", Uniform()), Meaning(DDPM(), "eps", "index"), "needs the time sampler discrete"),
+        (Regression("eps", Discrete(100)), Meaning(DDPM(), "eps", "index"), "needs the time sampler discrete"),
+        (Regression("eps", LogitNormal()), Meaning(DDPM(100), "eps", "index"), "of 100 steps needs"),
+        (Regression("velocity", Discrete()), Meaning(DDPM(), "eps", "index"), "has no rates"),
+        (Regression("eps", variance="hybrid"), Meaning(Linear(), "eps"), "needs a DDPM path"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(objective: Regression, meaning: Meaning, says: str) -> None:
+    with pytest.raises(DitkitError, match=says):
+        objective.check(meaning.of(Affine()))
+
+
+@pytest.mark.parametrize(
+    ("objective", "meaning"),
+    [
+        (Regression("velocity", LogitNormal(0.8, 0.8)), Meaning(Linear(), "x0", "1-t", 0.05)),
+        (Regression("velocity", LogitNormal()), Meaning(Linear(), "x0")),
+        (Regression("velocity", Uniform()), Meaning(Linear(), "-velocity", "1-t")),
+        (Regression("velocity", Uniform()), Meaning(Linear(), "x0", t_eps=0.05)),
+        (Regression("x0", Uniform()), Meaning(Linear(), "x0")),
+        (Regression("v", Uniform()), Meaning(Linear(), "velocity")),
+        (Regression("eps", Discrete(), variance="hybrid"), Meaning(DDPM(), "eps", "index")),
+        (Regression("x0", Discrete(), MinSNR()), Meaning(DDPM(), "v", "index")),
+    ],
+)
+def test_what_can_be_trained_is_not(objective: Objective, meaning: Meaning) -> None:
+    denoiser = meaning.of(Affine(double=True))
+    objective.check(denoiser)
+    x0 = batch(64, meaning.path)[0].float()
+    loss = objective.loss(denoiser, x0, NOTHING, Rng(0).at(0, torch.arange(64)))
+    assert bool(loss.total.isfinite().all())
+
+
+def test_unknown_words_are_refused() -> None:
+    with pytest.raises(DitkitError, match="unknown space 'veloctiy'.*velocity"):
+        Regression("veloctiy")
+    with pytest.raises(DitkitError, match="None or 'hybrid'"):
+        Regression(variance="learned")
+
+
+# time samplers
+
+
+def draw(law: Any, n: int = 200_000) -> Tensor:
+    return Rng(9).at(0, torch.arange(n))("t", law)
+
+
+def test_logit_normal_is_jits_law_in_its_own_time() -> None:
+    """logit of JiT's t = 1 - ours is normal with mean -0.8 and deviation 0.8."""
+    t = draw(LogitNormal(0.8, 0.8))
+    theirs = torch.logit(1 - t)
+    n = len(t)
+    assert float(theirs.mean()) == pytest.approx(-0.8, abs=4.5 * 0.8 / math.sqrt(n))
+    assert float(theirs.std()) == pytest.approx(0.8, abs=4.5 * 0.8 / math.sqrt(2 * n))
+    ordered = torch.special.ndtr((theirs.sort().values + 0.8) / 0.8)
+    grid = (torch.arange(n) + 0.5) / n
+    assert float((ordered - grid).abs().max()) * math.sqrt(n) < 1.95
+    # the facts page: the median is .31, and E[1 / max(1 - t, .05)^2] = 2.96
+    assert float((1 - t).median()) == pytest.approx(0.31, abs=0.003)
+    assert float(t.clamp(min=0.05).pow(-2).mean()) == pytest.approx(2.96, abs=0.05)
+    assert t.dtype == torch.float64
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10, 1000])
+def test_discrete_times_are_all_entries_of_the_table_and_no_others(steps: int) -> None:
+    path = DDPM(steps)
+    index = path.index(draw(Discrete(steps)))
+    counts = torch.bincount(index, minlength=steps).double()
+    assert len(counts) == steps
+    expected = 200_000 / steps
+    assert float((counts - expected).abs().max()) <= 5 * math.sqrt(expected)
+    chi2 = float(((counts - expected) ** 2 / expected).sum())
+    assert chi2 <= steps - 1 + 4 * math.sqrt(2 * steps)
+    # the least and the greatest uniform numbers
+    edges = Discrete(steps)(torch.tensor([0.5, 2**32 - 0.5], dtype=torch.float64) / 2**32)
+    assert edges.tolist() == [1 / steps, 1.0]
+
+
+def test_samplers_say_which_ends_they_reach() -> None:
+    assert Uniform().ends == (0.0, 1.0)
+    assert LogitNormal().ends == ()
+    assert Discrete().ends == (1.0,)
+    for law in (Uniform(), LogitNormal(0.8, 0.8), Discrete()):
+        t = draw(law, 50_000)
+        assert bool(((t > 0) & (t <= 1)).all())

@@ -1,0 +1,517 @@
+"""Paths, spaces and the determinant algebra between them; the posterior and the learned variance."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+from ditkit.conditioning import Conditioning
+from ditkit.config import DitkitError, lookup, names
+from ditkit.diffusion import (
+    DDPM,
+    SPACES,
+    Denoiser,
+    Linear,
+    Meaning,
+    Path,
+    Prediction,
+    det,
+    log_snr,
+    posterior,
+    reading,
+    row,
+    singular_ends,
+)
+from ditkit.diffusion.posterior import gaussian_kl, learned_log_variance, quantised_nll
+
+PATHS: dict[str, Any] = {
+    "linear": Linear(),
+    "linear scaled": Linear(2.5),
+    "ddpm": DDPM(),
+    "ddpm short": DDPM(8, 0.05, 0.4),
+}
+TABLE = ("ddpm", "ddpm short")
+# noise_scale makes a space of its own nowhere: every path must know all of these, or refuse by a DitkitError
+ALL = (*SPACES, *(f"-{space}" for space in SPACES))
+
+
+def spaces_of(path: str) -> tuple[str, ...]:
+    return tuple(s for s in ALL if not (path in TABLE and s.endswith("velocity")))
+
+
+def inside(path: Any) -> Tensor:
+    """Times away from both ends."""
+    if isinstance(path, DDPM):
+        return torch.tensor([1, path.steps // 4, path.steps // 2, path.steps - 1], dtype=torch.float64) / path.steps
+    return torch.tensor([1e-3, 0.2, 0.5, 0.9, 0.999], dtype=torch.float64)
+
+
+def draw(n: int, seed: int = 0, *shape: int) -> Tensor:
+    return torch.randn(n, *(shape or (3, 4)), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def prediction(path: Path, space: str, t: Tensor, t_eps: float = 0.0) -> tuple[Prediction, Tensor, Tensor]:
+    """A prediction whose output is exactly right, with its x0 and eps."""
+    n = len(t) if t.ndim else 2
+    x0, eps = draw(n, 1), draw(n, 2)
+    alpha, sigma = (c.view(-1, 1, 1) for c in path(t))
+    right = Prediction(torch.zeros_like(x0), alpha * x0 + sigma * eps, t, path, space, t_eps)
+    return right.with_out(right.target(x0, eps)), x0, eps
+
+
+def test_every_registered_path_is_tested() -> None:
+    assert {type(p) for p in PATHS.values()} == {lookup("path", name) for name in names("path")}
+
+
+# the algebra
+
+
+@pytest.mark.parametrize(("name", "have"), [(name, have) for name in PATHS for have in spaces_of(name)])
+def test_an_exact_output_gives_back_x0_and_eps_through_every_space(name: str, have: str) -> None:
+    path = PATHS[name]
+    right, x0, eps = prediction(path, have, inside(path))
+    assert_close(right.x0, x0, rtol=1e-7, atol=1e-7)
+    assert_close(right.eps, eps, rtol=1e-7, atol=1e-7)
+    assert_close(right.score, -eps / path(right.t)[1].view(-1, 1, 1), rtol=1e-7, atol=1e-7)
+    for want in spaces_of(name):
+        read = right.to(want)
+        a, b = (c.view(-1, 1, 1) for c in row(want, path, right.t))
+        assert_close(read, a * x0 + b * eps, rtol=1e-7, atol=1e-7)
+        again = Prediction(read, right.x, right.t, path, want)
+        assert_close(again.to(have), right.out, rtol=1e-6, atol=1e-6)
+        assert_close(again.x0, x0, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "have"), [(name, have) for name in PATHS for have in spaces_of(name)])
+def test_the_gain_is_the_ratio_of_errors(name: str, have: str) -> None:
+    path = PATHS[name]
+    right, _, _ = prediction(path, have, inside(path))
+    wrong = right.with_out(right.out + 1.0)
+    for want in spaces_of(name):
+        ratio = (wrong.to(want) - right.to(want)).mean((1, 2))
+        assert_close(wrong.gain(want), ratio, rtol=1e-5, atol=1e-8)
+
+
+@given(st.floats(1e-4, 1 - 1e-4), st.sampled_from(ALL), st.sampled_from(ALL), st.floats(0.5, 4))
+@settings(deadline=None, max_examples=200)
+def test_gains_compose(t: float, have: str, want: str, scale: float) -> None:
+    """The gain there and back is 1, and by way of a third space it is the product."""
+    path = Linear(scale)
+    there, back = reading(have, want, path, t), reading(want, have, path, t)
+    assert_close(there[1] * back[1], torch.ones((), dtype=torch.float64), rtol=1e-9, atol=0)
+    via = reading("v", want, path, t)[1] * reading(have, "v", path, t)[1]
+    assert_close(via, there[1], rtol=1e-9, atol=0)
+
+
+def test_the_same_space_is_the_output_itself() -> None:
+    right, _, _ = prediction(Linear(), "eps", torch.tensor([0.0, 1.0], dtype=torch.float64))
+    assert right.eps is right.out
+    assert right.gain("eps").tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_rows_say_what_the_words_mean(name: str) -> None:
+    path = PATHS[name]
+    t = inside(path)
+    (alpha, sigma), zero, one = path(t), torch.zeros_like(t), torch.ones_like(t)
+    expected = {"x0": (one, zero), "eps": (zero, one), "v": (-sigma, alpha), "score": (zero, -1 / sigma)}
+    for space, (a, b) in expected.items():
+        got, turned = row(space, path, t), row(f"-{space}", path, t)
+        assert_close(torch.stack(got), torch.stack((a, b)), rtol=0, atol=0)
+        assert_close(torch.stack(turned), -torch.stack(got), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", [n for n in PATHS if n not in TABLE])
+def test_rates_are_the_slopes_of_the_path_and_velocity_is_dx_dt(name: str) -> None:
+    path = PATHS[name]
+    t, h = inside(path), 1e-5
+    up, down = path(t + h), path(t - h)
+    for rate, (high, low) in zip(path.rate(t), zip(up, down, strict=True), strict=True):
+        assert_close(rate, (high - low) / (2 * h), rtol=1e-9, atol=1e-9)
+    right, x0, eps = prediction(path, "velocity", t)
+    high = up[0].view(-1, 1, 1) * x0 + up[1].view(-1, 1, 1) * eps
+    low = down[0].view(-1, 1, 1) * x0 + down[1].view(-1, 1, 1) * eps
+    assert_close(right.velocity, (high - low) / (2 * h), rtol=1e-8, atol=1e-8)
+    assert_close(right.to("-velocity"), -right.velocity, rtol=0, atol=0)
+
+
+def test_a_table_has_no_rates() -> None:
+    with pytest.raises(DitkitError, match="has no rates"):
+        DDPM().rate(0.5)
+    for have, want in (("eps", "velocity"), ("velocity", "eps")):
+        with pytest.raises(DitkitError, match="has no rates"):
+            reading(have, want, DDPM(), 0.5)
+
+
+@pytest.mark.parametrize("space", ["", "-", "--eps", "x", "Eps", "eps ", "noise"])
+def test_unknown_spaces_are_refused(space: str) -> None:
+    with pytest.raises(DitkitError, match="unknown space"):
+        Meaning(prediction=space)
+    with pytest.raises(DitkitError, match="unknown space"):
+        row(space, Linear(), 0.5)
+
+
+def test_a_batch_of_times_equals_its_times_one_by_one() -> None:
+    path = Linear(1.7)
+    right, _, _ = prediction(path, "x0", inside(path))
+    for want in ALL:
+        whole = right.to(want)
+        for i, t in enumerate(right.t):
+            one = Prediction(right.out[i : i + 1], right.x[i : i + 1], t, path, "x0")
+            assert_close(one.to(want), whole[i : i + 1], rtol=1e-13, atol=1e-13)
+    # in float32 the two agree bit for bit
+    single = dataclasses.replace(right, out=right.out.float(), x=right.x.float())
+    whole = single.velocity
+    for i, t in enumerate(right.t):
+        one = Prediction(single.out[i : i + 1], single.x[i : i + 1], t, path, "x0")
+        assert torch.equal(one.velocity, whole[i : i + 1])
+        assert one.velocity.dtype == torch.float32
+
+
+# singular ends
+
+
+@pytest.mark.parametrize(
+    ("name", "space", "ends"),
+    [
+        ("linear", "x0", (0.0,)),
+        ("linear", "eps", (1.0,)),
+        ("linear", "v", ()),
+        ("linear", "velocity", ()),
+        ("linear", "-velocity", ()),
+        ("linear", "score", (0.0, 1.0)),
+        ("linear scaled", "velocity", ()),
+        ("ddpm", "x0", (0.0,)),
+        ("ddpm", "eps", ()),  # alpha(1) of the published table is 0.006, not 0
+        ("ddpm", "v", ()),
+    ],
+)
+def test_singular_ends(name: str, space: str, ends: tuple[float, ...]) -> None:
+    assert singular_ends(space, PATHS[name]) == ends
+
+
+@pytest.mark.parametrize(
+    ("have", "want", "end"),
+    [
+        ("x0", "eps", 0.0),
+        ("x0", "velocity", 0.0),
+        ("x0", "v", 0.0),
+        ("x0", "score", 0.0),
+        ("eps", "x0", 1.0),
+        ("eps", "velocity", 1.0),
+        ("eps", "v", 1.0),
+        ("score", "x0", 1.0),
+        ("score", "x0", 0.0),
+        ("score", "velocity", 0.0),
+        # here the number that is wanted is infinite itself
+        ("eps", "score", 0.0),
+        ("v", "score", 0.0),
+        ("velocity", "score", 0.0),
+    ],
+)
+def test_a_singular_reading_is_refused_and_with_t_eps_finite(have: str, want: str, end: float) -> None:
+    path = Linear()
+    for t in (end, torch.tensor([0.5, end])):
+        with pytest.raises(DitkitError, match=rf"at t = \[{end}\].*t_eps"):
+            reading(have, want, path, t)
+        assert all(bool(c.isfinite().all()) for c in reading(have, want, path, t, 0.01))
+    # at t_eps itself, where the clamp begins, and further inside it has no effect
+    t = abs(end - 0.01)
+    for time in (t, abs(end - 0.3)):
+        assert_close(reading(have, want, path, time, 0.01), reading(have, want, path, time), rtol=1e-12, atol=1e-12)
+    # nearer to the end than t_eps the gain grows no more
+    gains = [abs(float(reading(have, want, path, abs(end - d), 0.01)[1])) for d in (0.0, 0.004, 0.01)]
+    assert max(gains) <= gains[2] * 1.03
+
+
+def test_regular_readings_at_the_ends_are_exact() -> None:
+    for have, end in itertools.product(("v", "velocity"), (0.0, 1.0)):
+        right, x0, eps = prediction(Linear(3.0), have, torch.tensor(end, dtype=torch.float64))
+        assert_close(right.x0, x0, rtol=1e-12, atol=1e-12)
+        assert_close(right.eps, eps, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("t_eps", [0.02, 0.05, 0.3])
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_the_clamp_is_jits_formula_in_its_own_time(t_eps: float, scale: float) -> None:
+    theirs = torch.tensor([0.0, 0.3, 0.69, 0.9, 0.949, 0.95, 0.951, 0.99, 1.0], dtype=torch.float64)
+    x0, eps, out = draw(9, 1), draw(9, 2), draw(9, 3)
+    t = theirs.view(-1, 1, 1)
+    z = t * x0 + (1 - t) * scale * eps
+    v_pred = (out - z) / (1 - t).clamp(min=t_eps)
+    v = (x0 - z) / (1 - t).clamp(min=t_eps)
+    ours = Prediction(out, z, 1 - theirs, Linear(scale), "x0", t_eps)
+    assert_close(ours.to("-velocity"), v_pred, rtol=1e-12, atol=1e-12)
+    loss = (v - v_pred).square().mean((1, 2))
+    assert_close((out - x0).square().mean((1, 2)) * ours.gain("velocity").square(), loss, rtol=1e-12, atol=1e-15)
+
+
+def identity(x: Tensor, t: Tensor, cond: Conditioning, *, edit: Any = None) -> Tensor:
+    return x
+
+
+@pytest.mark.parametrize(
+    ("meaning", "visited", "needs", "refused"),
+    [
+        (Meaning(Linear(), "x0"), (1.0, 0.5, 0.0), ("velocity",), True),
+        (Meaning(Linear(), "x0"), (1.0, 0.5), ("velocity",), False),
+        (Meaning(Linear(), "x0"), (1.0, 0.0), ("x0",), False),
+        (Meaning(Linear(), "x0", t_eps=0.05), (1.0, 0.0), ("velocity",), False),
+        (Meaning(Linear(), "eps"), (1.0, 0.5), ("velocity",), True),
+        (Meaning(Linear(), "eps"), (1.0, 0.5), ("eps",), False),
+        (Meaning(Linear(), "eps"), (1.0, 0.5), ("x0", "eps"), True),
+        (Meaning(Linear(), "velocity"), (1.0, 0.0), ("x0", "eps", "v"), False),
+        (Meaning(Linear(), "velocity"), (1.0, 0.0), ("score",), True),
+        (Meaning(DDPM(), "eps", "index"), (1.0, 0.5), ("x0", "eps"), False),
+    ],
+)
+def test_a_denoiser_is_checked_before_it_is_used(
+    meaning: Meaning, visited: tuple[float, ...], needs: tuple[str, ...], refused: bool
+) -> None:
+    denoiser = meaning.of(identity)
+    if refused:
+        with pytest.raises(DitkitError, match="cannot be read at t = "):
+            denoiser.check(visited, needs)
+        with pytest.raises(DitkitError):
+            [reading(meaning.prediction, space, meaning.path, t) for space in needs for t in visited]
+    else:
+        denoiser.check(visited, needs)
+        for space, t in itertools.product(needs, visited):
+            coefficients = reading(meaning.prediction, space, meaning.path, t, meaning.t_eps)
+            assert all(math.isfinite(c) for c in coefficients)
+
+
+# clocks
+
+
+@pytest.mark.parametrize(
+    ("clock", "path", "t", "read"),
+    [
+        ("t", Linear(), 0.25, 0.25),
+        ("1-t", Linear(), 0.25, 0.75),
+        ("1000t", Linear(), 0.25, 250.0),
+        ("index", DDPM(), 1.0, 999.0),
+        ("index", DDPM(), 0.001, 0.0),
+        ("index", DDPM(), 0.25, 249.0),
+        ("index", DDPM(8), 0.25, 1.0),
+    ],
+)
+def test_a_network_reads_its_own_clock_in_float32(clock: str, path: Any, t: float, read: float) -> None:
+    seen = []
+
+    def model(x: Tensor, t: Tensor, cond: Conditioning, *, edit: Any = None) -> Tensor:
+        seen.append(t)
+        return x
+
+    denoiser = Meaning(path, "eps", clock).of(model)
+    x = torch.zeros(3, 1, 2, 2)
+    denoiser(x, t, Conditioning())
+    denoiser(x, torch.full((3,), t), Conditioning())
+    for times in seen:
+        assert times.dtype == torch.float32
+        assert times.tolist() == [read] * 3
+
+
+def test_the_index_clock_needs_a_table_and_clocks_have_near_names() -> None:
+    with pytest.raises(DitkitError, match="'index' counts the steps of a DDPM path"):
+        Meaning(Linear(), "eps", "index").of(identity)(torch.zeros(1, 1, 2, 2), 0.5, Conditioning())
+    with pytest.raises(DitkitError, match="unknown clock '1000-t'.*1000t"):
+        Meaning(clock="1000-t")
+
+
+def test_twice_the_channels_are_the_output_and_its_variance() -> None:
+    def model(x: Tensor, t: Tensor, cond: Conditioning, *, edit: Any = None) -> Tensor:
+        return torch.cat((x, -x), dim=1)
+
+    x = draw(2, 0, 3, 4, 4).float()
+    got = Denoiser(model, Linear(), "eps", "t")(x, 0.5, Conditioning())
+    assert torch.equal(got.out, x)
+    assert got.extra is not None
+    assert torch.equal(got.extra, -x)
+    assert Denoiser(identity, Linear(), "eps", "t")(x, 0.5, Conditioning()).extra is None
+
+
+# paths
+
+
+def test_a_time_is_refused_outside_its_interval() -> None:
+    for path in PATHS.values():
+        for t in (-0.1, 1.1, torch.tensor([0.5, 1.125])):
+            with pytest.raises(ValueError, match=r"lies in \[0, 1\]"):
+                path(t)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_path_runs_from_data_to_noise(name: str) -> None:
+    path = PATHS[name]
+    alpha, sigma = path(torch.tensor([0.0, *inside(path).tolist(), 1.0]))
+    assert (float(alpha[0]), float(sigma[0])) == (1, 0)
+    assert bool((alpha.diff() < 0).all())
+    assert bool((sigma.diff() > 0).all())
+    assert alpha.dtype == sigma.dtype == torch.float64
+    # sampling starts from what x is at t = 1: exactly so where alpha is 0 there, and for data of variance 1 on a table
+    assert path.prior_std == pytest.approx(1.0 if name in TABLE else float(sigma[-1]), abs=1e-12)
+    assert path(0.5)[0].shape == ()
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_time_is_the_inverse_of_log_snr(name: str) -> None:
+    path = PATHS[name]
+    t = inside(path)
+    assert_close(path.time(log_snr(path, t)), t, rtol=1e-12, atol=1e-12)
+    assert float(path.time(float(log_snr(path, 0.5)))) == pytest.approx(0.5, abs=1e-12)
+    assert float(path.time(log_snr(path, torch.tensor(1.0)))) == 1.0
+    assert float(path.time(-math.inf)) == 1.0
+    assert float(path.time(-1e4)) == 1.0
+    first = 1 / path.steps if isinstance(path, DDPM) else 0.0
+    assert float(path.time(math.inf)) == first
+    assert float(path.time(1e4)) == first
+    assert path.time(torch.zeros(2, 3)).shape == (2, 3)
+
+
+def published_tables(steps: int, first: float, last: float, kept: list[int] | None = None) -> dict[str, np.ndarray]:
+    """Ho et al. 2020 in numpy, with betas respaced to the kept steps as Nichol & Dhariwal do it."""
+    cumulative = np.cumprod(1.0 - np.linspace(first, last, steps, dtype=np.float64))
+    if kept is not None:
+        before, betas = 1.0, []
+        for i in kept:
+            betas.append(1 - cumulative[i] / before)
+            before = cumulative[i]
+    else:
+        betas = np.linspace(first, last, steps, dtype=np.float64)
+    betas = np.array(betas)
+    alphas = 1 - betas
+    bar = np.cumprod(alphas)
+    previous = np.append(1.0, bar[:-1])
+    return {
+        "bar": bar,
+        "beta": betas,
+        "variance": betas * (1 - previous) / (1 - bar),
+        "of_x0": betas * np.sqrt(previous) / (1 - bar),
+        "of_x": (1 - previous) * np.sqrt(alphas) / (1 - bar),
+    }
+
+
+@pytest.mark.parametrize(("steps", "first", "last"), [(1000, 1e-4, 2e-2), (50, 1e-3, 0.2)])
+def test_the_table_is_the_published_one(steps: int, first: float, last: float) -> None:
+    path, tables = DDPM(steps, first, last), published_tables(steps, first, last)
+    t = torch.arange(1, steps + 1) / steps  # float32: accepted
+    assert path.index(t).tolist() == list(range(steps))
+    alpha, sigma = path(t)
+    np.testing.assert_allclose(alpha.numpy() ** 2, tables["bar"], rtol=1e-12)
+    np.testing.assert_allclose(sigma.numpy() ** 2, 1 - tables["bar"], rtol=1e-9)
+    assert path.index(0.0) == -1
+
+
+@pytest.mark.parametrize("t", [0.5005, 1e-4, 0.99951, torch.tensor([0.1, 0.12345])])
+def test_between_the_entries_of_a_table_there_is_nothing(t: float | Tensor) -> None:
+    with pytest.raises(DitkitError, match="table of 1000 steps and has no entry at"):
+        DDPM()(t)
+
+
+def test_a_table_made_under_another_device_does_not_stay_there() -> None:
+    path = DDPM(13, 0.01, 0.1)
+    with torch.device("meta"):
+        path(1.0)
+    with torch.inference_mode():
+        DDPM(14, 0.01, 0.1)(1.0)
+    assert path(1.0)[0].device.type == "cpu"
+    scale = torch.ones((), requires_grad=True)
+    (DDPM(14, 0.01, 0.1)(1.0)[0] * scale).backward()
+
+
+# the step back
+
+
+@pytest.mark.parametrize(("n", "name"), [(None, "ddpm"), (250, "ddpm"), (7, "ddpm"), (3, "ddpm short")])
+def test_the_posterior_is_that_of_the_published_tables_also_respaced(n: int | None, name: str) -> None:
+    path = PATHS[name]
+    grid = lookup("grid", "ddpm")(n or path.steps, path, 0)
+    times = torch.tensor(grid[::-1], dtype=torch.float64)
+    kept = path.index(times[1:]).tolist()
+    tables = published_tables(path.steps, path.beta_first, path.beta_last, kept)
+    q = posterior(path, times[1:], times[:-1])
+    for key in ("beta", "variance", "of_x0", "of_x"):
+        np.testing.assert_allclose(getattr(q, key).numpy(), tables[key], rtol=1e-8, atol=1e-14, err_msg=key)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_step_forward_and_its_posterior_are_one_joint_law(name: str) -> None:
+    """q(x_t | x_s) q(x_s | x0) = q(x_s | x_t, x0) q(x_t | x0): compare means and covariances of (x_s, x_t)."""
+    path = PATHS[name]
+    t, s = inside(path)[2:4].flip(0)
+    (at, st_), (as_, ss), q = path(t), path(s), posterior(path, t, s)
+    assert_close(q.of_x * at + q.of_x0, as_, rtol=1e-12, atol=1e-12)  # mean of x_s for x0 = 1
+    covariance = at / as_ * ss**2
+    assert_close(q.of_x * st_**2, covariance, rtol=1e-12, atol=1e-12)
+    assert_close(q.variance + q.of_x**2 * st_**2, ss**2, rtol=1e-12, atol=1e-12)
+    assert_close(q.beta + (at / as_ * ss) ** 2, st_**2, rtol=1e-12, atol=1e-12)
+    assert 0 < float(q.variance) < float(q.beta)
+
+
+def test_the_last_step_has_no_variance() -> None:
+    for path in PATHS.values():
+        q = posterior(path, 1 / path.steps if isinstance(path, DDPM) else 0.1, 0.0)
+        assert float(q.variance) == 0
+        assert float(q.of_x) == 0
+        assert float(q.of_x0) == pytest.approx(1, abs=1e-15)
+
+
+def test_the_learned_variance_runs_between_its_limits() -> None:
+    raw = torch.tensor([-1.0, 0.0, 1.0, -3.0], dtype=torch.float64)
+    low, high = math.log(0.01), math.log(0.04)
+    expected = torch.tensor([0.01, 0.02, 0.04, 0.0025], dtype=torch.float64)  # geometric, and not clipped
+    assert_close(learned_log_variance(raw, low, high).exp(), expected, rtol=1e-12, atol=0)
+    rows = learned_log_variance(raw.view(4, 1), torch.full((4, 1), low), torch.full((4, 1), high))
+    assert_close(rows[:, 0].exp(), expected, rtol=1e-6, atol=0)
+
+
+def test_the_kl_of_gaussians_is_its_integral() -> None:
+    x = torch.linspace(-30, 30, 200_001, dtype=torch.float64)
+
+    def log_density(mean: float, log_var: float) -> Tensor:
+        return -0.5 * (math.log(2 * math.pi) + log_var + (x - mean) ** 2 / math.exp(log_var))
+
+    for m1, v1, m2, v2 in ((0.0, 0.0, 0.0, 0.0), (0.3, -0.5, -0.2, 0.4), (1.0, 1.0, 0.0, -1.0)):
+        p, q = log_density(m1, v1), log_density(m2, v2)
+        integral = torch.trapezoid(p.exp() * (p - q), x)
+        got = gaussian_kl(*(torch.tensor(v, dtype=torch.float64) for v in (m1, v1, m2, v2)))
+        assert_close(got, integral, rtol=1e-8, atol=1e-10)
+
+
+@given(st.floats(-1.2, 1.2), st.floats(-5, 1))
+@settings(deadline=None, max_examples=60)
+def test_the_probabilities_of_all_256_values_sum_to_one(mean: float, log_std: float) -> None:
+    values = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+    nll = quantised_nll(values, torch.full_like(values, mean), torch.full_like(values, log_std))
+    assert float(nll.neg().exp().sum()) == pytest.approx(1, abs=1e-9)
+
+
+def test_the_probability_of_a_value_is_the_gaussian_of_its_bin() -> None:
+    """The tanh form of the distribution function is within 3e-4 of the true one."""
+    values = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+    mean, std = 0.1, 0.2
+    nll = quantised_nll(values, torch.full_like(values, mean), torch.full_like(values, math.log(std)))
+    edges = torch.cat((torch.tensor([-math.inf]), values[:-1] + 1 / 255, torch.tensor([math.inf]))).double()
+    true = torch.special.ndtr((edges - mean) / std).diff()
+    assert_close(nll.neg().exp().cumsum(0), true.cumsum(0), rtol=0, atol=5e-4)
+    # far from every value there is a floor, and no infinity
+    far = quantised_nll(torch.tensor([-1.0, 0.0, 1.0]), torch.tensor([9.0, 9.0, -9.0]), torch.full((3,), -4.0))
+    assert_close(far, torch.full((3,), -math.log(1e-12)), rtol=1e-6, atol=0)
+
+
+def test_the_determinant() -> None:
+    assert det((torch.tensor(1.0), torch.tensor(2.0)), (torch.tensor(3.0), torch.tensor(5.0))) == -1
+
+
