@@ -1,4 +1,4 @@
-"""What is given: joining, choosing and masking batches."""
+"""What is given: joining, choosing and masking batches; labels; and the bytes that become a tensor."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ditkit.codecs import Codec, Pixels
+from ditkit.conditioners import Conditioner, Label
 from ditkit.conditioning import Conditioning, Known, Tokens, cat
+from ditkit.config import DitkitError
 from ditkit.layers import attend
+from ditkit.rng import Replay, Rng
 
 
 def tokens(lengths: list[int], width: int | None = None, seed: int = 0, d: int = 4) -> Tokens:
@@ -62,7 +66,7 @@ def equal(a: Conditioning, b: Conditioning) -> bool:
 
 def test_every_field_is_in_the_example() -> None:
     given = everything(2, 0)
-    empty = {f.name for f in dataclasses.fields(given) if not f.name == "static" and getattr(given, f.name) is None}
+    empty = {f.name for f in dataclasses.fields(given) if f.name != "static" and getattr(given, f.name) is None}
     assert not empty
     assert len(leaves(given)) == 13
 
@@ -139,19 +143,22 @@ def test_padding_adds_nothing_to_attention() -> None:
 def test_tokens_cannot_be_padded_to_fewer() -> None:
     text = tokens([4, 2])
     assert text.padded(4) is text
-    with pytest.raises(ValueError, match="4 tokens.*3"):
+    with pytest.raises(ValueError, match=r"4 tokens.*3"):
         text.padded(3)
 
 
 @pytest.mark.parametrize(
-    "mask", [torch.ones(2, 3), torch.ones(2, 3, dtype=torch.long), torch.ones(2, 4, dtype=torch.bool), torch.ones(2) > 0]
+    "mask",
+    [torch.ones(2, 3), torch.ones(2, 3, dtype=torch.long), torch.ones(2, 4, dtype=torch.bool), torch.ones(2) > 0],
 )
 def test_a_mask_must_fit(mask: Tensor) -> None:
     with pytest.raises(ValueError, match="boolean mask"):
         Tokens(torch.zeros(2, 3, 4), mask)
 
 
-@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Conditioning) if f.name not in ("scalars", "static")])
+@pytest.mark.parametrize(
+    "name", [f.name for f in dataclasses.fields(Conditioning) if f.name not in ("scalars", "static")]
+)
 def test_a_field_that_only_one_batch_has_is_refused(name: str) -> None:
     full = everything(2, 0)
     without = dataclasses.replace(full, **{name: None})
@@ -204,6 +211,127 @@ def test_moving_changes_the_type_of_floats_only() -> None:
     assert len(meta) == len(leaves(given))
 
 
+def test_the_number_of_samples_is_known_from_any_field() -> None:
+    full = everything(3, 0)
+    for field in dataclasses.fields(full):
+        if field.name != "static":
+            alone = Conditioning(**{field.name: getattr(full, field.name)})
+            assert alone.count == 3, field.name
+    assert Conditioning().with_static(table=torch.ones(1)).count is None
+
+
 def test_nothing_given_stays_nothing() -> None:
     assert not leaves(cat([Conditioning(), Conditioning()]))
     assert not leaves(Conditioning().rows(torch.arange(2)).to("cpu", torch.bfloat16))
+
+
+# labels
+
+PETS = ("cat", "dog", "7", "horse")
+
+
+def labels(n: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, len(PETS), (n,), generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_null_label_comes_after_the_classes() -> None:
+    null = Label(PETS).null(3).label
+    assert null is not None
+    assert null.tolist() == [4, 4, 4]
+    assert null.dtype == torch.int64
+    assert isinstance(Label(), Conditioner)
+
+
+def test_labels_are_dropped_as_often_as_asked_and_row_by_row() -> None:
+    n, given = 20_000, labels(20_000)
+    rng = Rng(3).at(5, torch.arange(n))
+    for drop in (0.1, 0.5):
+        label = Label(PETS, drop)(given, rng).label
+        assert label is not None
+        dropped = label == 4
+        assert float(dropped.double().mean()) == pytest.approx(drop, abs=4.5 * (drop * (1 - drop) / n) ** 0.5)
+        assert torch.equal(label[~dropped], given[~dropped])
+        part = Label(PETS, drop)(given[[7, 3]], Rng(3).at(5, torch.tensor([7, 3]))).label
+        assert part is not None
+        assert part.tolist() == label[[7, 3]].tolist()
+    edge = Label(PETS, 0.25)(given[:3], Replay({"drop": torch.tensor([0.2499, 0.25, 0.2501])})).label
+    assert edge is not None
+    assert edge.tolist() == [4, *given[1:3].tolist()]
+
+
+def test_labels_are_not_dropped_outside_training_nor_against_the_will() -> None:
+    given, rng = labels(100), Rng(0).at(0, torch.arange(100))
+    for cond in (Label(PETS, 0.9)(given), Label(PETS, 0.0)(given, rng)):
+        assert cond.label is given
+    everything_dropped = Label(PETS, 1.0)(given, rng).label
+    assert everything_dropped is not None
+    assert bool((everything_dropped == 4).all())
+
+
+@pytest.mark.parametrize("wrong", [[-1], [4], [0, 1, 400]])
+def test_labels_outside_the_classes_are_refused(wrong: list[int]) -> None:
+    with pytest.raises(DitkitError, match=rf"label {wrong[-1]} is out of range: there are the classes 0\.\.3"):
+        Label(PETS)(torch.tensor(wrong))
+
+
+def test_labels_are_needed_where_there_are_classes_and_not_elsewhere() -> None:
+    with pytest.raises(DitkitError, match="labels are needed"):
+        Label(PETS)(None)
+    for cond in (Label()(None), Label()(labels(3)), Label()(labels(3), Rng(0)), Label().null(3)):
+        assert cond == Conditioning()
+
+
+def test_classes_are_found_by_name_first_and_by_number() -> None:
+    label = Label(PETS)
+    assert label.index(["dog", 0, "3", "7", "horse"]).tolist() == [1, 0, 3, 2, 3]
+    assert label.index([]).dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("hrose", "no class 'hrose': did you mean horse"),
+        ("", "no class ''"),
+        ("\u00b2", "no class"),  # a digit, but no number
+        ("--3", "no class '--3'"),
+        ("1.0", "no class '1.0'"),
+        ("4", r"label 4 is out of range: the classes are 0\.\.3"),
+        (-1, "label -1 is out of range"),
+        ("-1", "label -1 is out of range"),
+    ],
+)
+def test_unknown_classes_are_refused(name: str | int, says: str) -> None:
+    with pytest.raises(DitkitError, match=says):
+        Label(PETS).index([name])
+
+
+@pytest.mark.parametrize("name", [0, "0", "cat"])
+def test_without_classes_no_class_can_be_named(name: str | int) -> None:
+    with pytest.raises(DitkitError, match="there are no classes"):
+        Label().index([name])
+
+
+@pytest.mark.parametrize("drop", [-0.1, 1.1, float("nan")])
+def test_dropping_needs_a_probability(drop: float) -> None:
+    with pytest.raises(DitkitError, match="is a probability"):
+        Label(PETS, drop)
+
+
+# pixels
+
+
+def test_every_byte_comes_back() -> None:
+    data = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    x0 = Pixels().encode(data)
+    assert (float(x0.min()), float(x0.max()), x0.dtype) == (-1, 1, torch.float32)
+    assert torch.equal(Pixels().decode(x0), data)
+    assert torch.equal(Pixels().decode(x0.double()), data)
+    assert isinstance(Pixels(), Codec)
+    assert Pixels().shape(3, 28, 32) == (3, 28, 32)
+
+
+def test_decoding_clips_and_rounds_to_the_nearest_byte() -> None:
+    values = torch.tensor([-1e9, -1.01, -1.0, 1.0, 1.5, 1e9]).view(1, 1, 1, 6)
+    assert Pixels().decode(values).flatten().tolist() == [0, 0, 0, 255, 255, 255]
+    near = (torch.tensor([10.4, 10.6, 200.49, 200.51]) / 127.5 - 1).view(1, 1, 2, 2)
+    assert Pixels().decode(near).flatten().tolist() == [10, 11, 200, 201]

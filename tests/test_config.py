@@ -125,17 +125,17 @@ def test_absent_fields_take_their_defaults() -> None:
         ({"type": "modle/dit"}, "unknown kind 'modle'.*did you mean.*model"),
         ({"type": "model/dit", "dept": 3}, "no field 'dept'.*did you mean depth"),
         ({"type": "model/dit", "zzz": 3}, "no field 'zzz'.*known: depth, hidden_size"),
-        ({"depth": 3}, "without \"type\""),
-        ({"type": "dit"}, "without \"type\""),
+        ({"depth": 3}, 'without "type"'),
+        ({"type": "dit"}, 'without "type"'),
         ({"type": ["model/dit"]}, "unknown"),
-        ({"type": 5}, "without \"type\""),
-        ({"type": "model/"}, "without \"type\""),
+        ({"type": 5}, 'without "type"'),
+        ({"type": "model/"}, 'without "type"'),
         # registered, but not configurations
         ({"type": "clock/t"}, "clock/t"),
         ({"type": "grid/uniform"}, "grid/uniform"),
         ({"type": "size/dit_s_2"}, "size/dit_s_2"),
         # no import paths
-        ({"type": "ditkit.models.dit.DiTConfig"}, "without \"type\""),
+        ({"type": "ditkit.models.dit.DiTConfig"}, 'without "type"'),
         ({"type": "os/system"}, "unknown kind 'os'"),
         ({"type": "builtins/eval"}, "unknown kind 'builtins'"),
         # missing
@@ -274,7 +274,7 @@ def test_a_gate_says_and_keeps_its_bound() -> None:
 
 
 def test_settings_refuse_what_cannot_work() -> None:
-    with pytest.raises(DitkitError, match="unknown grid 'unifrom'.*uniform"):
+    with pytest.raises(DitkitError, match=r"unknown grid 'unifrom'.*uniform"):
         Sample(grid="unifrom")
     with pytest.raises(DitkitError, match="batch must be at least 1"):
         Sample(batch=0)

@@ -251,7 +251,7 @@ def test_what_can_be_trained_is_not(objective: Objective, meaning: Meaning) -> N
 
 
 def test_unknown_words_are_refused() -> None:
-    with pytest.raises(DitkitError, match="unknown space 'veloctiy'.*velocity"):
+    with pytest.raises(DitkitError, match=r"unknown space 'veloctiy'.*velocity"):
         Regression("veloctiy")
     with pytest.raises(DitkitError, match="None or 'hybrid'"):
         Regression(variance="learned")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -326,7 +325,7 @@ def test_a_network_reads_its_own_clock_in_float32(clock: str, path: Any, t: floa
 def test_the_index_clock_needs_a_table_and_clocks_have_near_names() -> None:
     with pytest.raises(DitkitError, match="'index' counts the steps of a DDPM path"):
         Meaning(Linear(), "eps", "index").of(identity)(torch.zeros(1, 1, 2, 2), 0.5, Conditioning())
-    with pytest.raises(DitkitError, match="unknown clock '1000-t'.*1000t"):
+    with pytest.raises(DitkitError, match=r"unknown clock '1000-t'.*1000t"):
         Meaning(clock="1000-t")
 
 
@@ -513,5 +512,3 @@ def test_the_probability_of_a_value_is_the_gaussian_of_its_bin() -> None:
 
 def test_the_determinant() -> None:
     assert det((torch.tensor(1.0), torch.tensor(2.0)), (torch.tensor(3.0), torch.tensor(5.0))) == -1
-
-

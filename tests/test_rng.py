@@ -303,9 +303,9 @@ def test_replay_gives_what_it_was_given() -> None:
 
 def test_replay_refuses_other_names_and_shapes() -> None:
     replay = Replay({"noise": torch.zeros(2, 3), "solver": [torch.zeros(2, 3)]})
-    with pytest.raises(DitkitError, match="nothing to replay under 'nois'.*did you mean noise"):
+    with pytest.raises(DitkitError, match=r"nothing to replay under 'nois'.*did you mean noise"):
         replay("nois", "normal", (3,))
     with pytest.raises(DitkitError, match=r"rows of shape \(3,\), asked for \(4,\)"):
         replay("noise", "normal", (4,))
-    with pytest.raises(DitkitError, match="'solver'.*1 step"):
+    with pytest.raises(DitkitError, match=r"'solver'.*1 step"):
         replay.at(1)("solver", "normal", (3,))

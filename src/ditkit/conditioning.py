@@ -72,6 +72,15 @@ class Conditioning:
     scalars: Mapping[str, Float[Tensor, "b *n"]] = field(default_factory=dict)
     static: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def count(self) -> int | None:
+        """The number of samples; None where nothing is given."""
+        for name in (f.name for f in dataclasses.fields(self) if f.name not in ("scalars", "static")):
+            value = getattr(self, name)
+            if value is not None:
+                return len(value if isinstance(value, Tensor) else value.values)
+        return next((len(v) for v in self.scalars.values()), None)
+
     def rows(self, index: slice | Tensor) -> Conditioning:
         """The given rows, in the given order."""
 

@@ -12,7 +12,18 @@ import types
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["DitkitError", "differences", "from_json", "lookup", "names", "near", "register", "register_name", "to_json"]
+__all__ = [
+    "DitkitError",
+    "differences",
+    "from_json",
+    "lookup",
+    "names",
+    "near",
+    "register",
+    "register_name",
+    "registered_as",
+    "to_json",
+]
 
 T = TypeVar("T")
 
@@ -69,14 +80,21 @@ def lookup(kind: str, name: str) -> Any:
     return entries[name]
 
 
+def registered_as(config: Any) -> tuple[str, str]:
+    """Kind and name of a configuration. Raises TypeError if its class is not registered itself."""
+    found = vars(type(config)).get("_registered_as")  # its own name, not that of a parent class
+    if found is None:
+        raise TypeError(f"{type(config).__name__} is not registered and cannot be saved")
+    kind, _, name = found.partition("/")
+    return kind, name
+
+
 def to_json(value: Any) -> Any:
     """A configuration as JSON values; the inverse of `from_json`."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        kind = vars(type(value)).get("_registered_as")  # its own name, not that of a parent class
-        if kind is None:
-            raise TypeError(f"{type(value).__name__} is not registered and cannot be saved")
+        kind, name = registered_as(value)
         fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"type": kind, **fields}
+        return {"type": f"{kind}/{name}", **fields}
     if isinstance(value, tuple):
         return [to_json(v) for v in value]
     if value is None or isinstance(value, bool | int | float | str):

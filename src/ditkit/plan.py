@@ -111,6 +111,8 @@ def cost(config: ModelConfig, *, resolution: int | None = None, batch: int = 1, 
         fields["input_size"] = resolution
     size = fields["input_size"]
     height, width = (size, size) if isinstance(size, int) else size
+    if height % fields.get("patch_size", 1) or width % fields.get("patch_size", 1):
+        raise DitkitError(f"an input_size of {height} x {width} is not tiled by patches of {fields['patch_size']}")
     shape = (fields["in_channels"], height, width)
     with torch.device("meta"):
         parameters = list(config.build().parameters())

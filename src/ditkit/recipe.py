@@ -52,7 +52,7 @@ class Train:
     tensorboard: bool = False
     """Write the log for tensorboard, too."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
+    """auto (the first GPU, or else the CPU), cpu, cuda, cuda:1."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "log_every", "checkpoint_every", "keep"):
@@ -72,7 +72,8 @@ class Sample:
     """How samples are drawn, unless said otherwise when they are."""
 
     steps: int = 50
-    solver: Any = Heun()  # noqa: RUF009 (frozen)
+    solver: Any = Heun()
+    """euler, heun, ddim, ddpm"""
     grid: str = "uniform"
     guidance: float = 1.0
     """Scale of classifier-free guidance; 1 = none."""
@@ -137,16 +138,26 @@ class Evaluate:
 class Recipe:
     """Everything about a run; saved as JSON in the run folder and in each checkpoint."""
 
-    data: Any = Digits()  # noqa: RUF009 (frozen)
-    codec: Any = Pixels()  # noqa: RUF009
-    conditioner: Any = Label()  # noqa: RUF009
-    model: Any = models.JiTConfig()  # noqa: RUF009
-    denoiser: Meaning = Meaning(prediction="x0", clock="1-t", t_eps=0.05)  # noqa: RUF009
-    objective: Any = Regression(times=LogitNormal(0.8, 0.8))  # noqa: RUF009
+    data: Any = Digits()
+    """The images."""
+    codec: Any = Pixels()
+    """From images to the tensor that is diffused, and back."""
+    conditioner: Any = Label()
+    """What the network is given."""
+    model: Any = models.JiTConfig()
+    """The network."""
+    denoiser: Meaning = Meaning(prediction="x0", clock="1-t", t_eps=0.05)
+    """What the network's output means."""
+    objective: Any = Regression(times=LogitNormal(0.8, 0.8))
+    """What training minimises."""
     train: Train = Train()
+    """How the weights are found."""
     sample: Sample = Sample()
+    """How samples are drawn."""
     evaluate: Evaluate = Evaluate()
+    """How a run is measured."""
     seed: int = 0
+    """All randomness of the run."""
 
     def fitted(self, data: Dataset) -> Recipe:
         """The recipe for this data: its classes, channels and size become those of the model and the conditioner.
@@ -186,12 +197,18 @@ class Recipe:
 
 
 def device_of(name: str) -> torch.device:
-    """A device by name; "auto" is the first GPU, or else the CPU. Raises DitkitError if it is not there."""
+    """A device by name; "auto" is the first GPU, or else the CPU. Raises DitkitError if it is not there.
+
+    Only these two kinds: randomness is computed in float64 where the model is, which others do not have.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        if device.type in ("cpu", "cuda"):
+            torch.empty(1, device=device)
+            return device
+        problem = "only cpu and cuda are supported"
     except (RuntimeError, AssertionError) as error:
-        raise DitkitError(f"the device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return device
+        problem = str(error).splitlines()[0]
+    raise DitkitError(f"the device {name!r} cannot be used: {problem}")

@@ -32,7 +32,8 @@ class Law(Protocol):
     result to float32, or a row would depend on its batch.
     """
 
-    base: str
+    @property
+    def base(self) -> str: ...
 
     def __call__(self, draws: Tensor, /) -> Tensor: ...
 

@@ -63,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
         return 1
-    except MemoryError as error:
-        print(f"ditkit: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        advice = "use a smaller --train.batch, --train.accumulate 4, a smaller model or resolution"
+        print(f"ditkit: out of memory: {advice} (see ditkit plan)", file=sys.stderr)
         return 1

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["arguments", "run"]
 
+FROM_DATA = ("--model.input-size", "--model.in-channels", "--model.num-classes", "--conditioner.classes")
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command; every field of the recipe is an option besides."""
@@ -59,6 +61,9 @@ def override(recipe: Recipe, words: Sequence[str], prog: str) -> Recipe:
 
     words = list(words)
     recipe = _choose(recipe, words)
+    for word in words:
+        if word.split("=")[0].replace("_", "-") in FROM_DATA:
+            raise DitkitError(f"{word} follows from the data and cannot be set; --data.resolution sets the size")
     if words == ["--help"]:
         print("Configurations that are chosen by name, and what they are now:")
         print("".join(f"  --{path} {value}  (known: {known})\n" for path, value, known in _chosen(recipe)))
@@ -79,14 +84,14 @@ def _choose(recipe: Any, words: list[str]) -> Any:
     """
     from dataclasses import is_dataclass, replace
 
-    from ..config import lookup, names
+    from ..config import lookup, names, registered_as
 
     def put(node: Any, path: Sequence[str], name: str) -> Any:
         field, rest = path[0].replace("-", "_"), path[1:]
         value = getattr(node, field)
         if rest:
             return replace(node, **{field: put(value, rest, name)})
-        kind = type(value)._registered_as.partition("/")[0]
+        kind = registered_as(value)[0]
         if kind == "model" and name in names("size"):
             return replace(node, **{field: lookup("size", name)})
         return replace(node, **{field: lookup(kind, name)()})
@@ -108,12 +113,12 @@ def _chosen(node: Any, path: str = "") -> Iterator[tuple[str, str, str]]:
     """Option, present name and known names of every configuration inside a recipe that has a choice."""
     from dataclasses import fields, is_dataclass
 
-    from ..config import names
+    from ..config import names, registered_as
 
     for field in fields(node):
         value = getattr(node, field.name)
         if is_dataclass(value):
-            kind, _, name = type(value)._registered_as.partition("/")
+            kind, name = registered_as(value)
             known = names(kind) + (names("size") if kind == "model" else [])
             if len(known) > 1 and kind != "settings":
                 yield (path + field.name).replace("_", "-"), name, ", ".join(known)

@@ -64,9 +64,11 @@ class Label:
 
     def index(self, names: Sequence[str | int]) -> Int[Tensor, "b"]:
         """The indices of classes given by name or number. Raises DitkitError, with the near ones, for others."""
-        found = []
+        if not self.classes and len(names):
+            raise DitkitError(f"the class {names[0]!r} was asked for, and there are no classes")
+        found: list[int] = []
         for name in names:
-            if isinstance(name, int) or (name not in self.classes and name.lstrip("-").isdigit()):
+            if isinstance(name, int) or (name not in self.classes and name.removeprefix("-").isdecimal()):
                 found.append(int(name))
                 if not 0 <= found[-1] < len(self.classes):
                     raise DitkitError(f"label {name} is out of range: the classes are 0..{len(self.classes) - 1}")
@@ -74,4 +76,4 @@ class Label:
                 found.append(self.classes.index(name))
             else:
                 raise DitkitError(f"there is no class {name!r}: {near(name, self.classes)}")
-        return torch.tensor(found)
+        return torch.tensor(found, dtype=torch.long)

@@ -121,7 +121,7 @@ class Meaning:
     DDPM path); t_eps: how near a singular end of time a reading may come (JiT's clamp; 0 = such ends are refused).
     """
 
-    path: Any = Linear()  # noqa: RUF009 (frozen)
+    path: Any = Linear()
     prediction: str = "velocity"
     clock: str = "t"
     t_eps: float = 0.0

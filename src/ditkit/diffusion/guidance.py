@@ -1,7 +1,7 @@
 """Guides: strong and weak opinions combined, guided = strong + sum over guides of weight rule(strong, weak).
 
-A guide says what its weak opinion is given. Opinions of the same network share one batch; where the weight of a guide is
-zero, its pass is not run.
+A guide says what its weak opinion is given. Opinions of the same network share one batch; where the weight of a guide
+is zero, its pass is not run.
 """
 
 from __future__ import annotations
@@ -87,9 +87,15 @@ class Guided:
         self.denoiser.check(visited, needs)
 
     def start(self, cond: Conditioning, shape: Sequence[int], times: Sequence[float]) -> Denoise:
-        """The strong rows come first in the batch, then those of each guide; all are prepared together."""
+        """The strong rows come first in the batch, then those of each guide; all are prepared together.
+
+        Raises ValueError for a weak opinion on another number of samples.
+        """
         b = shape[0]
-        given = cat([cond, *(g.weak(cond) for g in self.guides)])
+        opinions = [cond, *(g.weak(cond) for g in self.guides)]
+        if any(opinion.count not in (b, None) for opinion in opinions):
+            raise ValueError(f"opinions on {[o.count for o in opinions]} samples, strong first, for a batch of {b}")
+        given = cat(opinions)
         model = self.denoiser.model
         prepare = getattr(model, "prepare", None)
         rows = (b * (1 + len(self.guides)), *shape[1:])

@@ -24,9 +24,10 @@ __all__ = ["Discrete", "LogitNormal", "Loss", "MinSNR", "Objective", "Regression
 
 @runtime_checkable
 class TimeSampler(Law, Protocol):
-    """A law for t; `ends` are the ends of time that it comes near enough to make a singular gain's variance infinite."""
+    """A law for t; `ends` are the ends of time that it comes so near that a singular gain has infinite variance."""
 
-    ends: tuple[float, ...]
+    @property
+    def ends(self) -> tuple[float, ...]: ...
 
 
 @register("times", "uniform")

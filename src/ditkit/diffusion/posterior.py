@@ -16,7 +16,7 @@ __all__ = ["Posterior", "gaussian_kl", "learned_log_variance", "posterior", "qua
 
 @dataclass(frozen=True)
 class Posterior:
-    """Mean = of_x x_t + of_x0 x0; `variance` of the step back, `beta` that of the step forward. All of the shape of t."""
+    """Mean = of_x x_t + of_x0 x0; `variance` of the step back, `beta` of the step forward; all as t in shape."""
 
     of_x: Tensor
     of_x0: Tensor

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -138,13 +139,13 @@ def integrate(
     `progress(k, x)` is called after each step. Raises DitkitError before the first step for a grid that does not
     decrease or visits a time at which the prediction cannot be read.
     """
-    if len(times) < 2 or any(s >= t for t, s in zip(times, times[1:], strict=False)):
+    if len(times) < 2 or any(s >= t for t, s in pairwise(times)):
         raise DitkitError(f"a grid is at least two decreasing times, not {times}")
     visited = times[:-1] if solver.nfe == 1 or times[-1] == 0 else times
     denoiser.check(visited, solver.needs)
     denoise = denoiser.start(cond, x.shape, times)
     state = solver.init(x)
-    for k, (t, s) in enumerate(zip(times, times[1:], strict=False)):
+    for k, (t, s) in enumerate(pairwise(times)):
         x, state = solver.step(denoise, x, t, s, state, rng.at(k))
         if progress is not None:
             progress(k, x)

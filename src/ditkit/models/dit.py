@@ -32,7 +32,7 @@ from ..layers import (
     visit,
 )
 from ..rng import Rng
-from .registry import Model, Plan, instantiate, register_models
+from .registry import Model, Plan, at_least_one, instantiate, register_models
 
 __all__ = ["DiT", "DiTConfig"]
 
@@ -54,6 +54,9 @@ class DiTConfig:
     """0 = unconditional. The null label has the index num_classes."""
     learn_sigma: bool = True
     """Predict the variance too, in as many channels again."""
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "patch_size", "in_channels", "hidden_size", "depth", "num_heads")
 
     def build(self, seed: int = 0) -> DiT:
         """The network with initial weights."""
@@ -99,7 +102,9 @@ class DiT(Model):
 
     def positions(self, grid: tuple[int, int]) -> Float[Tensor, "1 n d"]:
         """The stored positions, or those of another grid."""
-        return self.pos_embed if grid == self.grid else sincos_2d(self.config.hidden_size, grid, self.pos_embed.device)
+        if grid == self.grid:
+            return self.pos_embed
+        return sincos_2d(self.config.hidden_size, grid, self.pos_embed.device).to(self.pos_embed.dtype)
 
     def prepare(self, cond: Conditioning, shape: Sequence[int], times: Sequence[float] = ()) -> Conditioning:
         """Label vectors and positions."""

@@ -36,7 +36,7 @@ from ..layers import (
     visit,
 )
 from ..rng import Rng
-from .registry import Model, Plan, instantiate, register_models
+from .registry import Model, Plan, at_least_one, instantiate, register_models
 
 __all__ = ["JiT", "JiTConfig"]
 
@@ -66,6 +66,9 @@ class JiTConfig:
     in_context_start: int = 4
     """The block before which the in-context class tokens join."""
 
+    def __post_init__(self) -> None:
+        at_least_one(self, "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "bottleneck_dim")
+
     def build(self, seed: int = 0) -> JiT:
         """The network with initial weights."""
         return instantiate(JiT, self, seed)
@@ -87,7 +90,7 @@ def block(config: JiTConfig, index: int) -> AdaLNZeroBlock:
 
 
 class JiT(Model):
-    """Just image Transformer. Raises ValueError for an x that its patches do not tile."""
+    """Just image Transformer. Raises ValueError for an x that its patches do not tile, and for impossible sizes."""
 
     plan = Plan(shard=("blocks",))
 
@@ -95,6 +98,16 @@ class JiT(Model):
         super().__init__()
         self.config = config
         dim, patch = config.hidden_size, config.patch_size
+        if dim % config.num_heads == 0 and dim // config.num_heads % 4:
+            raise ValueError(
+                f"hidden_size {dim} in num_heads {config.num_heads} gives heads of {dim // config.num_heads} channels, "
+                "which the rotation by rows and columns needs divisible by 4"
+            )
+        if config.in_context_len and not 0 <= config.in_context_start < config.depth:
+            raise ValueError(
+                f"in_context_start {config.in_context_start} is no block of a depth {config.depth} network, "
+                "so the class tokens would never join: change it, or set in_context_len to 0"
+            )
         size = config.input_size
         rows, columns = (size, size) if isinstance(size, int) else size
         self.grid = (rows // patch, columns // patch)
@@ -116,7 +129,9 @@ class JiT(Model):
 
     def positions(self, grid: tuple[int, int]) -> Float[Tensor, "1 n d"]:
         """The stored positions, or those of another grid."""
-        return self.pos_embed if grid == self.grid else sincos_2d(self.config.hidden_size, grid, self.pos_embed.device)
+        if grid == self.grid:
+            return self.pos_embed
+        return sincos_2d(self.config.hidden_size, grid, self.pos_embed.device).to(self.pos_embed.dtype)
 
     def rope(self, grid: tuple[int, int]) -> Float[Tensor, "1 2 m hd"]:
         """Rotations: first the in-context tokens, which stay unrotated, then the patches, row angles before column."""

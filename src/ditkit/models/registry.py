@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
@@ -20,6 +20,7 @@ __all__ = [
     "Model",
     "ModelConfig",
     "Plan",
+    "at_least_one",
     "create_model",
     "instantiate",
     "list_models",
@@ -67,14 +68,25 @@ class ModelConfig(Protocol):
 M = TypeVar("M", bound=Model)
 
 
-def instantiate(cls: Callable[[Any], M], config: Any, seed: int) -> M:
+def at_least_one(config: Any, *fields: str) -> None:
+    """Raises DitkitError for a size below 1."""
+    for field in fields:
+        if getattr(config, field) < 1:
+            raise DitkitError(f"model.{field} must be at least 1, not {getattr(config, field)}")
+
+
+def instantiate(cls: type[M], config: Any, seed: int) -> M:
     """Build on `meta`, then give memory and initial weights on torch's default device; on `meta` leave it there.
 
-    torch's global generator is not touched, and no weight is initialised twice.
+    torch's global generator is not touched, and no weight is initialised twice. Raises DitkitError for sizes that do
+    not fit together.
     """
     device = torch.get_default_device()
-    with torch.device("meta"):
-        model = cls(config)
+    try:
+        with torch.device("meta"):
+            model = cls(config)
+    except ValueError as error:
+        raise DitkitError(f"{cls.__name__} cannot be built: {error}") from None
     if device.type == "meta":
         return model
     with torch.device("cpu"):

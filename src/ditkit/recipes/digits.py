@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..conditioners import Label
 from ..data import Digits
 from ..diffusion import Heun, LogitNormal, Meaning, Regression
 from ..models import JiTConfig
@@ -12,26 +11,19 @@ from ..recipe import Evaluate, Gate, Recipe, Sample, Train
 
 __all__ = ["demo", "digits"]
 
-GATES = (
-    Gate("classifier_accuracy", "at_least", 0.98),
-    Gate("class_accuracy", "at_least", 0.97),
-    Gate("kid", "at_most", 0.1, times="kid_untrained"),
-    Gate("kid", "at_most", 1.0, times="kid_blurred"),
-    Gate("diversity", "at_least", 0.7),
-    Gate("f_mem", "at_most", 0.01, plus="f_mem_floor"),
-)
-
 
 def digits() -> Recipe:
-    """A JiT of 0.9M parameters."""
+    """A JiT of 0.7M parameters on patches of 4 x 4: `ditkit train digits`.
+
+    Three to four minutes on two cores; then about 98% of guided samples are seen as the class asked for.
+    """
     return Recipe(
         data=Digits(),
-        conditioner=Label(drop=0.1),
         model=JiTConfig(
             patch_size=4,
-            hidden_size=128,
+            hidden_size=96,
             depth=4,
-            num_heads=4,
+            num_heads=3,
             bottleneck_dim=16,
             in_context_len=4,
             in_context_start=1,
@@ -39,19 +31,33 @@ def digits() -> Recipe:
         denoiser=Meaning(prediction="x0", clock="1-t", t_eps=0.05),
         objective=Regression("velocity", LogitNormal(0.8, 0.8)),
         train=Train(
-            steps=1000,
+            steps=1200,
             batch=64,
-            lr=1e-3,
+            lr=1.5e-3,
             warmup=50,
-            cooldown=400,
+            cooldown=500,
             emas=(0.99, 0.995),
-            sample_every=500,
-            checkpoint_every=500,
+            sample_every=400,
+            checkpoint_every=400,
         ),
-        sample=Sample(steps=20, solver=Heun(), guidance=2.0, interval=(0.0, 0.9)),
+        sample=Sample(steps=16, solver=Heun(), guidance=2.5, interval=(0.0, 0.9), batch=100),
+        evaluate=Evaluate(samples=500, size=64),
     )
 
 
 def demo() -> Recipe:
-    """The digits in about five minutes on two cores, measured, with the bounds that `make demo` must keep."""
-    return replace(digits(), evaluate=Evaluate(samples=500, gates=GATES))
+    """The digits with the bounds that `make demo` must keep; about five minutes on two idle cores, all in all.
+
+    Blurring by one pixel is a yardstick for the kernel distance: a model whose samples are further from held-out digits
+    than blurred digits are has not learned what strokes look like.
+    """
+    gates = (
+        Gate("classifier_accuracy", "at_least", 0.98),
+        Gate("class_accuracy", "at_least", 0.97),
+        Gate("kid", "at_most", 0.1, times="kid_untrained"),
+        Gate("kid", "at_most", 1.0, times="kid_blurred"),
+        Gate("diversity", "at_least", 0.7),
+        Gate("f_mem", "at_most", 0.01, plus="f_mem_floor"),
+    )
+    recipe = digits()
+    return replace(recipe, evaluate=replace(recipe.evaluate, gates=gates))

@@ -185,7 +185,7 @@ class Trainer:
             found = {key.split(".", 1)[0]: v for key, v in slots.items() if key.split(".", 1)[1] == name}
             if found:
                 self.optimizer.state[parameter] = {
-                    key: value.to(parameter.device if value.ndim else "cpu").clone() for key, value in found.items()
+                    key: value.to(parameter.device).clone() for key, value in found.items()
                 }
         self.step = checkpoint.step
         self.log_state = checkpoint.state["log"]
@@ -207,7 +207,8 @@ def _steps(trainer: Trainer, run: Run, saved: Checkpoint | None, quiet: bool) ->
         ahead: Future[Any] | None = None
         while trainer.step < settings.steps and not asked:
             parts = trainer.read(trainer.step) if ahead is None else ahead.result()
-            ahead = reader.submit(trainer.read, trainer.step + 1)
+            if trainer.step + 1 < settings.steps:
+                ahead = reader.submit(trainer.read, trainer.step + 1)
             try:
                 terms, norm, rate = trainer.advance(parts)
             except DitkitError as error:
