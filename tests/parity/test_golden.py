@@ -24,10 +24,10 @@ from ditkit.conditioning import Conditioning
 from ditkit.config import lookup
 from ditkit.diffusion import (
     CFG,
-    Denoise,
     DDIM,
     DDPM,
     Ancestral,
+    Denoise,
     Denoiser,
     Discrete,
     Euler,
