@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ditkit.codecs import Codec, Pixels
 from ditkit.conditioners import Conditioner, Label
-from ditkit.conditioning import Conditioning, Known, Tokens, cat
+from ditkit.conditioning import Conditioning, Given, Known, Tokens, cat
 from ditkit.config import DitkitError
 from ditkit.layers import attend
 from ditkit.rng import Replay, Rng
@@ -246,24 +246,24 @@ def test_labels_are_dropped_as_often_as_asked_and_row_by_row() -> None:
     n, given = 20_000, labels(20_000)
     rng = Rng(3).at(5, torch.arange(n))
     for drop in (0.1, 0.5):
-        label = Label(PETS, drop)(given, rng).label
+        label = Label(PETS, drop)(Given(given), rng).label
         assert label is not None
         dropped = label == 4
         assert float(dropped.double().mean()) == pytest.approx(drop, abs=4.5 * (drop * (1 - drop) / n) ** 0.5)
         assert torch.equal(label[~dropped], given[~dropped])
-        part = Label(PETS, drop)(given[[7, 3]], Rng(3).at(5, torch.tensor([7, 3]))).label
+        part = Label(PETS, drop)(Given(given[[7, 3]]), Rng(3).at(5, torch.tensor([7, 3]))).label
         assert part is not None
         assert part.tolist() == label[[7, 3]].tolist()
-    edge = Label(PETS, 0.25)(given[:3], Replay({"drop": torch.tensor([0.2499, 0.25, 0.2501])})).label
+    edge = Label(PETS, 0.25)(Given(given[:3]), Replay({"drop": torch.tensor([0.2499, 0.25, 0.2501])})).label
     assert edge is not None
     assert edge.tolist() == [4, *given[1:3].tolist()]
 
 
 def test_labels_are_not_dropped_outside_training_nor_against_the_will() -> None:
     given, rng = labels(100), Rng(0).at(0, torch.arange(100))
-    for cond in (Label(PETS, 0.9)(given), Label(PETS, 0.0)(given, rng)):
+    for cond in (Label(PETS, 0.9)(Given(given)), Label(PETS, 0.0)(Given(given), rng)):
         assert cond.label is given
-    everything_dropped = Label(PETS, 1.0)(given, rng).label
+    everything_dropped = Label(PETS, 1.0)(Given(given), rng).label
     assert everything_dropped is not None
     assert bool((everything_dropped == 4).all())
 
@@ -271,13 +271,13 @@ def test_labels_are_not_dropped_outside_training_nor_against_the_will() -> None:
 @pytest.mark.parametrize("wrong", [[-1], [4], [0, 1, 400]])
 def test_labels_outside_the_classes_are_refused(wrong: list[int]) -> None:
     with pytest.raises(DitkitError, match=rf"label {wrong[-1]} is out of range: there are the classes 0\.\.3"):
-        Label(PETS)(torch.tensor(wrong))
+        Label(PETS)(Given(torch.tensor(wrong)))
 
 
 def test_labels_are_needed_where_there_are_classes_and_not_elsewhere() -> None:
     with pytest.raises(DitkitError, match="labels are needed"):
-        Label(PETS)(None)
-    for cond in (Label()(None), Label()(labels(3)), Label()(labels(3), Rng(0)), Label().null(3)):
+        Label(PETS)(Given(None))
+    for cond in (Label()(Given(None)), Label()(Given(labels(3))), Label()(Given(labels(3)), Rng(0)), Label().null(3)):
         assert cond == Conditioning()
 
 

@@ -18,7 +18,21 @@ from torch.testing import assert_close
 from ditkit.conditioning import Conditioning
 from ditkit.config import DitkitError, lookup, names
 from ditkit.diffusion import CFG, Linear, Meaning, guide
-from ditkit.layers import Attention, BottleneckPatchEmbed, FinalLayer, PatchEmbed, patch_grid, sincos_2d, unpatchify
+from ditkit.layers import (
+    Attention,
+    BottleneckPatchEmbed,
+    FinalLayer,
+    Mlp,
+    PatchEmbed,
+    RMSNorm,
+    SwiGLU,
+    axial_angles,
+    patch_grid,
+    rope_table,
+    rotate,
+    sincos_2d,
+    unpatchify,
+)
 from ditkit.models import DiT, DiTConfig, JiT, JiTConfig, Model, ModelConfig, create_model, list_models, model_config
 from ditkit.plan import gmacs
 
@@ -281,6 +295,61 @@ def test_positions_are_sines_of_the_column_then_of_the_row() -> None:
                 angles = torch.tensor([position * 1.0, position * 0.01], dtype=torch.float64)
                 expected += [*angles.sin().tolist(), *angles.cos().tolist()]
             assert_close(table[row * 3 + column], torch.tensor(expected).double(), rtol=1e-6, atol=1e-6)
+
+
+def test_rotation_turns_neighbouring_channels_by_row_then_by_column() -> None:
+    """Channels 2i and 2i + 1 as a complex number, times exp(i position frequency); half of the pairs each."""
+    row, column = torch.tensor([0, 3, 5]), torch.tensor([7, 1, 2])
+    table = rope_table(axial_angles((row, column), (4, 4)))
+    x = torch.randn(1, 2, 3, 8, generator=torch.Generator().manual_seed(0))
+    position = torch.stack((row, row, column, column), dim=1).double()
+    angle = position * torch.tensor([1.0, 0.01, 1.0, 0.01], dtype=torch.float64)
+    turned = torch.view_as_complex(x.double().view(1, 2, 3, 4, 2)) * torch.polar(torch.ones_like(angle), angle)
+    assert_close(rotate(x, table).double(), torch.view_as_real(turned).flatten(3), rtol=1e-5, atol=1e-6)
+
+
+def test_jit_turns_each_patch_by_its_own_place_and_class_tokens_not_at_all() -> None:
+    model, config = build("jit")
+    given: list[Tensor] = []
+
+    def watch(site: str, block: nn.Module, x: Tensor, *args: Any) -> Tensor:
+        assert args[1].shape == (2, x.shape[1], 8)
+        given.append(args[1])
+        return block(x, *args)
+
+    model(*inputs(config, 1, (8, 12)), edit=watch)
+    patches = rope_table(axial_angles((torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0, 1, 2] * 2)), (4, 4)))
+    still = torch.stack((torch.ones(3, 8), torch.zeros(3, 8)))
+    for i, table in enumerate(given):
+        expected = patches if i < config.in_context_start else torch.cat((still, patches), dim=1)
+        assert torch.equal(table, expected)
+
+
+def test_the_two_kinds_of_mlp_are_their_formulas() -> None:
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    swiglu, mlp = SwiGLU(6, 7), Mlp(6, 7)
+    gate, value = (x @ w.T + b for w, b in zip(swiglu.w12.weight.chunk(2), swiglu.w12.bias.chunk(2), strict=True))
+    hidden = gate / (1 + (-gate).exp()) * value
+    assert_close(swiglu(x), hidden @ swiglu.w3.weight.T + swiglu.w3.bias, rtol=1e-5, atol=1e-6)
+    h = 3 * (x @ mlp.fc1.weight.T + mlp.fc1.bias)
+    with torch.no_grad():  # far enough from 0 that the exact GELU is another function
+        mlp.fc1.weight.mul_(3)
+        mlp.fc1.bias.mul_(3)
+    hidden = 0.5 * h * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (h + 0.044715 * h**3)))
+    assert_close(mlp(x), hidden @ mlp.fc2.weight.T + mlp.fc2.bias, rtol=1e-5, atol=1e-6)
+
+
+def test_the_norm_works_in_float32_and_casts_back_after_its_weight() -> None:
+    generator = torch.Generator().manual_seed(0)
+    norm = RMSNorm(64)
+    with torch.no_grad():
+        norm.weight.copy_(1 + 0.3 * torch.randn(64, generator=generator))
+    x = (100 * torch.randn(20, 64, generator=generator)).bfloat16()
+    y = x.double() / (x.double().square().mean(1, keepdim=True) + 1e-6).sqrt() * norm.weight.double()
+    differing = norm(x) != y.float().bfloat16()
+    assert int(differing.sum()) <= 2  # of 1280, where float32 and float64 round to different sides
+    tiny = torch.full((1, 64), 1e-4)  # where eps is most of the mean square
+    assert_close(norm(tiny), tiny / (1e-8 + 1e-6) ** 0.5 * norm.weight, rtol=1e-5, atol=0)
 
 
 # seeds, memory and files

@@ -121,7 +121,14 @@ def test_the_bits_do_not_change_between_versions() -> None:
     draws = Rng(1).at(2, torch.tensor([3]))("noise", "uniform", (3,))
     key = int.from_bytes(hashlib.blake2b(b"1/noise", digest_size=8).digest(), "little")
     words = one_philox([0, 2, 3, 0], [key & 0xFFFFFFFF, key >> 32])
-    assert draws.tolist() == [[(w + 0.5) / 2**32 for w in words[:3]]]
+    uniform = [(w + 0.5) / 2**32 for w in words]
+    assert draws.tolist() == [uniform[:3]]
+    # Box-Muller: the first half of the words are radii, the second half angles; all cosines, then all sines
+    radii = [math.sqrt(-2 * math.log(u)) for u in uniform[:2]]
+    angles = [2 * math.pi * u for u in uniform[2:]]
+    expected = [r * f(a) for f in (math.cos, math.sin) for r, a in zip(radii, angles, strict=True)]
+    normal = Rng(1).at(2, torch.tensor([3]))("noise", "normal", (3,))
+    assert normal.tolist() == torch.tensor([expected[:3]], dtype=torch.float64).float().tolist()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["Conditioning", "Known", "Tokens", "cat"]
+__all__ = ["Conditioning", "Given", "Known", "Tokens", "cat"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,13 @@ class Tokens:
         return Tokens(
             torch.nn.functional.pad(self.values, (0, 0, 0, extra)), torch.nn.functional.pad(self.mask, (0, extra))
         )
+
+
+@dataclass(frozen=True)
+class Given:
+    """What comes with a batch of data, before a conditioner has read it; a person who samples gives the same."""
+
+    label: Int[Tensor, "b"] | None = None
 
 
 @dataclass(frozen=True)

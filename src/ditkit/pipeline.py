@@ -11,6 +11,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from .conditioning import Given
 from .config import DitkitError, lookup, near
 from .diffusion import CFG, guide, integrate
 from .models import Model
@@ -123,7 +124,7 @@ class Pipeline:
         tick: Callable[[int, Tensor], None],
     ) -> UInt8[Tensor, "b c h w"]:
         conditioner = self.recipe.conditioner
-        cond = conditioner(labels).to(self.device)
+        cond = conditioner(Given(labels)).to(self.device)
         guides = []
         if chosen.guidance != 1:
             null = conditioner.null(len(ids)).to(self.device)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..conditioning import Conditioning
+from ..conditioning import Conditioning, Given
 from ..config import DitkitError, near, register
 from ..rng import Draw
 
@@ -19,9 +19,9 @@ __all__ = ["Conditioner", "Label"]
 
 @runtime_checkable
 class Conditioner(Protocol):
-    """Turns labels (later: captions, audio) into a Conditioning; with `rng` it applies training dropout."""
+    """Turns what comes with a batch into a Conditioning; with `rng` it applies training dropout."""
 
-    def __call__(self, label: Int[Tensor, "b"] | None, rng: Draw | None = None) -> Conditioning: ...
+    def __call__(self, batch: Given, rng: Draw | None = None) -> Conditioning: ...
 
     def null(self, n: int) -> Conditioning:
         """What a weak opinion is given: null is data, as is a negative prompt."""
@@ -43,10 +43,11 @@ class Label:
         if not 0 <= self.drop <= 1:
             raise DitkitError(f"conditioner.drop is a probability, not {self.drop}")
 
-    def __call__(self, label: Int[Tensor, "b"] | None, rng: Draw | None = None) -> Conditioning:
+    def __call__(self, batch: Given, rng: Draw | None = None) -> Conditioning:
         """Draws "drop". Raises DitkitError for a label outside the classes."""
         if not self.classes:
             return Conditioning()
+        label = batch.label
         if label is None:
             raise DitkitError(f"labels are needed: one of 0..{len(self.classes) - 1} per sample")
         if bool((label < 0).any()) or bool((label >= len(self.classes)).any()):

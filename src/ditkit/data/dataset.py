@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
+from ..conditioning import Given
 from ..rng import Draw, Rng
 
 __all__ = ["Batch", "Dataset", "Images", "Order", "Split", "augment"]
@@ -21,6 +22,11 @@ class Batch:
 
     images: UInt8[Tensor, "b c h w"]
     label: Int[Tensor, "b"] | None
+
+    @property
+    def given(self) -> Given:
+        """What a conditioner reads."""
+        return Given(self.label)
 
 
 class Split(Protocol):

@@ -130,7 +130,7 @@ class Trainer:
         for positions, batch in parts:
             rng = self.rng.at(self.step, positions.to(self.device))
             x0 = codec.encode(batch.images.to(self.device), rng)
-            cond = recipe.conditioner(batch.label, self.rng.at(self.step, positions)).to(self.device)
+            cond = recipe.conditioner(batch.given, self.rng.at(self.step, positions)).to(self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
                 loss = self.objective.loss(self.denoiser, x0, cond, rng)
             total, share = loss.total.mean(), len(positions) / settings.batch
