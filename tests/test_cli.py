@@ -87,7 +87,7 @@ def test_help_is_there_for_every_command(ditkit: Command, ditkit_process: Comman
         ("train folder:nowhere", "nowhere"),
         ("sample nowhere", "there is no run or checkpoint at nowhere"),
         ("evaluate nowhere", "nowhere is not a run"),
-        ("plan dit_xl_3", "did you mean dit_xl_"),
+        ("plan dit_xl_3", "unknown model 'dit_xl_3': did you mean dit_xl_"),
         ("plan dit_xl_2 --resolution 33", "not tiled"),
         ("plan dit_xl_2 --batch 0", "at least 1"),
         ("plan dit_xl_2 --dtype fp8", "bf16 or fp32"),

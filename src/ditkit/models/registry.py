@@ -108,6 +108,8 @@ def list_models(pattern: str = "*") -> list[str]:
 
 def model_config(name: str, **overrides: Any) -> ModelConfig:
     """The configuration of a named model, with some fields replaced. Unknown names and fields list the near ones."""
+    if name not in names("size"):
+        raise DitkitError(f"unknown model {name!r}: {near(name, names('size'))}")
     config = lookup("size", name)
     known = [f.name for f in dataclasses.fields(config)]
     for key in overrides:
