@@ -14,7 +14,6 @@ install: .venv/installed
 	touch $@
 
 demo: install
-	rm -rf runs/demo
 	$(BIN)/ditkit train demo --out runs/demo
 	$(BIN)/ditkit evaluate runs/demo
 	@echo "Look at runs/demo/samples.png, and open runs/demo/report.html for the numbers and what they mean."

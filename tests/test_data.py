@@ -28,7 +28,7 @@ from PIL import Image
 import ditkit.data.digits
 import ditkit.data.folder
 from ditkit.config import DitkitError, from_json, to_json
-from ditkit.data import Digits, Folder, Order, Split, parse
+from ditkit.data import Digits, Folder, Order, Split
 from ditkit.data.folder import Unreadable, centre_crop, read_image
 from ditkit.rng import Replay, Rng
 
@@ -675,7 +675,8 @@ def refused(config: Folder, *words: str) -> None:
 
 def test_folders_that_cannot_be_used(tmp_path: Path, mode: str) -> None:
     refused(Folder(str(tmp_path / "none")), "does not exist")
-    refused(Folder(""), "does not exist")
+    with pytest.raises(DitkitError, match="no path was given"):
+        Folder("")
     refused(Folder(str(tmp_path)), "holds no images", "png jpg jpeg webp bmp gif tif tiff")
     write(tmp_path, "flat/a.png", ".hidden.png")
     refused(Folder(str(tmp_path / "flat/a.png")), "is a file, not a folder")
@@ -725,25 +726,13 @@ def test_settings_out_of_range(wrong: dict[str, Any]) -> None:
 # ----------------------------------------------------------------------------------------------- names and JSON
 
 
-def test_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert parse("digits") == Digits()
-    assert parse("folder:~/x") == Folder(path=str(tmp_path / "x"))
-    assert parse("folder:C:/a b") == Folder(path="C:/a b")
-    for wrong, hint in (
-        ("digit", "did you mean digits"),
-        ("foldr:x", "folder:PATH"),
-        ("", "known: digits, folder:PATH"),
-    ):
-        with pytest.raises(DitkitError, match=re.escape(hint)):
-            parse(wrong)
-    for wrong in ("folder", "folder:"):
-        with pytest.raises(DitkitError, match="did you mean folder:PATH"):
-            parse(wrong)
-    with pytest.raises(DitkitError, match="write folder:~"):
-        parse("~")
-    (tmp_path / "pics").mkdir()
-    refused(Folder("~/pics"), "holds no images")
+def test_the_path_is_absolute_so_that_a_run_finds_its_images_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert Folder("x").path == str(tmp_path / "x")
+    assert Folder("~/x").path == str(tmp_path / "home" / "x")
 
 
 def test_json() -> None:

@@ -149,7 +149,7 @@ def from_json(value: Any, where: str = "configuration") -> Any:
             raise DitkitError(f"{where}: {kind}/{name}.{key} must be {wanted}, not {raw!r}")
     try:
         return cls(**fields)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise DitkitError(f"{where}: {kind}/{name}: {error}") from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ from torch import Tensor
 
 from .conditioning import Given
 from .config import DitkitError, lookup, near
-from .diffusion import CFG, guide, integrate
+from .diffusion import CFG, check_grid, guide, integrate
 from .models import Model
 from .recipe import Recipe, Sample, device_of
 from .rng import Rng
-from .runs import find_checkpoint
+from .runs import Run, find_checkpoint
 
 __all__ = ["Pipeline", "load"]
 
@@ -66,9 +67,8 @@ class Pipeline:
         **settings: Any,
     ) -> Iterator[UInt8[Tensor, "n c h w"]]:
         """As `sample`, one batch at a time."""
-        chosen = self.settings(**settings)
+        chosen, times = self.check(**settings)
         labels = self.labels(label, count)
-        times = lookup("grid", chosen.grid)(chosen.steps, self.denoiser.path, self._tokens())
         total = chosen.steps * -(-count // chosen.batch)
         for number, first in enumerate(range(0, count, chosen.batch)):
             ids = torch.arange(first, min(first + chosen.batch, count))
@@ -86,10 +86,23 @@ class Pipeline:
         for name in changes:
             if name not in known:
                 raise DitkitError(f"sampling has no setting {name!r}: {near(name, known)}")
+        if "ema" in changes:
+            raise DitkitError("the weights are chosen when a pipeline is loaded: ditkit.load(run, ema=...)")
+        if isinstance(changes.get("solver"), str):
+            changes["solver"] = lookup("solver", changes["solver"])()
+        if "interval" in changes:
+            changes["interval"] = tuple(changes["interval"])
         chosen = dataclasses.replace(self.recipe.sample, **changes)
         if chosen.guidance != 1 and not self.classes:
             raise DitkitError("this model is unconditional and cannot be guided by classes: use guidance 1")
         return chosen
+
+    def check(self, **settings: Any) -> tuple[Sample, tuple[float, ...]]:
+        """Settings and times of a sampling. Raises DitkitError for settings that cannot work with this model."""
+        chosen = self.settings(**settings)
+        times = lookup("grid", chosen.grid)(chosen.steps, self.denoiser.path, self._tokens())
+        check_grid(self.denoiser, chosen.solver, times)
+        return chosen, times
 
     def labels(self, label: Any, count: int) -> Tensor | None:
         """One class index per image; None for an unconditional model. Raises DitkitError."""
@@ -103,6 +116,8 @@ class Pipeline:
             return torch.arange(count) % len(self.classes)
         if isinstance(label, Tensor):
             label = label.tolist()
+        if not isinstance(label, str) and not isinstance(label, Sequence):
+            label = operator.index(label)
         if isinstance(label, str | int):
             label = [label] * count
         if len(label) != count:
@@ -130,7 +145,7 @@ class Pipeline:
             null = conditioner.null(len(ids)).to(self.device)
             guides.append(CFG(chosen.guidance, null, chosen.interval, chosen.channels))
         rng = Rng(seed).at(0, ids.to(self.device))
-        x = rng("noise", "normal", self.shape) * self.denoiser.path.prior_std
+        x = rng("prior", "normal", self.shape) * self.denoiser.path.prior_std
         out = integrate(guide(self.denoiser, *guides), chosen.solver, times, x, cond, rng, tick)
         if not bool(torch.isfinite(out).all()):
             raise DitkitError("sampling gave numbers that are not finite: use more steps or less guidance")
@@ -145,6 +160,9 @@ def load(run_or_checkpoint: str | Path, *, ema: float | None = None, device: str
     """
     checkpoint = find_checkpoint(run_or_checkpoint)
     recipe = checkpoint.recipe
+    if Run(run_or_checkpoint).exists():  # how to sample and measure may have been changed since the checkpoint
+        now = Run(run_or_checkpoint).recipe()
+        recipe = dataclasses.replace(recipe, sample=now.sample, evaluate=now.evaluate)
     wanted = recipe.sample.ema if ema is None else ema
     if wanted is None:
         wanted = recipe.train.emas[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -11,9 +11,10 @@ import torch
 from . import models  # the registry must know every model before a recipe is read
 from .codecs import Pixels
 from .conditioners import Label
-from .config import DitkitError, from_json, lookup, register, to_json
+from .conditioning import Conditioning
+from .config import DitkitError, from_json, lookup, register, registered_as, to_json
 from .data import Dataset, Digits
-from .diffusion import Heun, LogitNormal, Meaning, Regression
+from .diffusion import CFG, Heun, LogitNormal, Meaning, Regression
 
 __all__ = ["Evaluate", "Gate", "Recipe", "Sample", "Train", "device_of"]
 
@@ -60,6 +61,11 @@ class Train:
                 raise DitkitError(f"train.{name} must be at least 1, not {getattr(self, name)}")
         if self.batch % self.accumulate:
             raise DitkitError(f"train.batch {self.batch} cannot be cut into train.accumulate {self.accumulate} parts")
+        if not self.lr > 0 or not all(0 <= b < 1 for b in self.betas):
+            raise DitkitError(f"train.lr must be above 0 and train.betas in [0, 1), not {self.lr} and {self.betas}")
+        for name in ("weight_decay", "warmup", "cooldown", "clip", "sample_every"):
+            if not getattr(self, name) >= 0:
+                raise DitkitError(f"train.{name} must not be negative, it is {getattr(self, name)}")
         if self.precision not in ("fp32", "bf16"):
             raise DitkitError(f"train.precision is fp32 or bf16, not {self.precision!r}")
         if not self.emas or not all(0 <= d < 1 for d in self.emas) or len(set(self.emas)) < len(self.emas):
@@ -87,8 +93,12 @@ class Sample:
 
     def __post_init__(self) -> None:
         lookup("grid", self.grid)
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise DitkitError(f"sampling takes at least 1 step, not {self.steps}")
         if self.batch < 1:
             raise DitkitError(f"sample.batch must be at least 1, not {self.batch}")
+        # what CFG accepts, said before anything is trained
+        CFG(self.guidance, Conditioning(), self.interval, self.channels)
 
 
 @register("settings", "gate")
@@ -104,6 +114,10 @@ class Gate:
     """The bound is multiplied by this metric."""
     plus: str | None = None
     """This metric is added to the bound."""
+
+    def __post_init__(self) -> None:
+        if self.relation not in ("at_least", "at_most"):
+            raise DitkitError(f"a bound is at_least or at_most, not {self.relation!r}")
 
     def limit(self, numbers: dict[str, Any]) -> float:
         """The bound as a number."""
@@ -132,6 +146,12 @@ class Evaluate:
     gates: tuple[Gate, ...] = ()
     """Bounds that must be kept for the evaluation to succeed."""
 
+    def __post_init__(self) -> None:
+        if self.samples < 10 or self.size < 32:
+            raise DitkitError(
+                f"evaluate.samples must be at least 10, evaluate.size 32; not {self.samples}, {self.size}"
+            )
+
 
 @register("recipe", "recipe")
 @dataclass(frozen=True)
@@ -158,6 +178,14 @@ class Recipe:
     """How a run is measured."""
     seed: int = 0
     """All randomness of the run."""
+
+    def __post_init__(self) -> None:
+        kinds = {"train": "settings", "sample": "settings", "evaluate": "settings"}
+        for field in fields(self):
+            if field.name != "seed":
+                kind = registered_as(getattr(self, field.name))[0]
+                if kind != kinds.get(field.name, field.name):
+                    raise DitkitError(f"{field.name} cannot be a {kind}")
 
     def fitted(self, data: Dataset) -> Recipe:
         """The recipe for this data: its classes, channels and size become those of the model and the conditioner.

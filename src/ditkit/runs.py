@@ -14,9 +14,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such lock
+    fcntl = None
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -74,8 +79,9 @@ class Checkpoint:
         self.folder = folder
         try:
             self.state: dict[str, Any] = json.loads((folder / "state.json").read_text())
-            files, self.step = dict(self.state["files"]), int(self.state["step"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            files = {str(name): (int(size), str(digest)) for name, (size, digest) in self.state["files"].items()}
+            self.step, self.log = int(self.state["step"]), dict(self.state["log"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DitkitError(f"{folder} is not a checkpoint: state.json: {_reason(error)}") from None
         for name, (size, _) in files.items():
             path = folder / name
@@ -120,6 +126,31 @@ class Run:
     @property
     def log(self) -> Path:
         return self.folder / "log.jsonl"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process; a kill lets go of it. Raises DitkitError if another process trains it."""
+        path = self.folder / ".lock"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = path.open("w")
+        except OSError as error:
+            raise DitkitError(f"cannot write {path}: {_reason(error)}") from None
+        with file:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    raise DitkitError(f"another process is training {self.folder}: wait for it, or stop it") from None
+            yield
+
+    def foreign(self) -> list[str]:
+        """Names in the folder that are neither a run's nor the leftovers of a crash."""
+        if not self.folder.exists():
+            return []
+        if not self.folder.is_dir():
+            return [self.folder.name]
+        return [p.name for p in self.folder.iterdir() if p.name != ".lock" and not p.name.startswith(_TEMPORARY)]
 
     def exists(self) -> bool:
         """Whether the folder holds a run."""
@@ -202,10 +233,10 @@ class Run:
                     break
         return rows
 
-    def cut_log(self, step: int) -> None:
-        """Drop the rows after a step, and a line that a kill cut off."""
+    def cut_log(self, step: int, every: int) -> None:
+        """Drop the rows after a step, the short row that ended a run of fewer steps, and a line that a kill cut off."""
         if self.log.exists():
-            kept = [json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step]
+            kept = [json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step and row["step"] % every == 0]
             atomic_write(self.log, "".join(kept))
 
 

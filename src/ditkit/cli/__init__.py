@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
 
+from .. import __version__
 from ..config import DitkitError
 
 __all__ = ["main"]
@@ -35,6 +36,7 @@ def _parser(command: str | None) -> Parser:
         description="The library of diffusion transformers.",
         epilog="ditkit COMMAND --help says more. The recipes are digits, demo and folder:PATH.",
     )
+    parser.add_argument("--version", action="version", version=f"ditkit {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     for name, line in COMMANDS.items():
         sub = commands.add_parser(name, help=line, description=line.capitalize() + ".")
@@ -64,8 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
         return 1
     except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error) and not isinstance(error, MemoryError):
+        known = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+        if not known and not isinstance(error, MemoryError):
             raise
-        advice = "use a smaller --train.batch, --train.accumulate 4, a smaller model or resolution"
-        print(f"ditkit: out of memory: {advice} (see ditkit plan)", file=sys.stderr)
+        advice = "use a smaller batch (--train.batch or --train.accumulate 4 in training), model or resolution"
+        print(f"ditkit: out of memory: {advice}; ditkit plan says what a model needs", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"ditkit: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         return 1

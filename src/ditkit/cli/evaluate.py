@@ -16,17 +16,22 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, help="how many samples to draw")
     parser.add_argument("--steps", type=int, help="solver steps")
     parser.add_argument("--guidance", type=float, help="scale of classifier-free guidance, 1 = none")
+    parser.add_argument("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guided where LOW < t < HIGH")
+    parser.add_argument("--solver", help="euler, heun, ddim, ddpm")
+    parser.add_argument("--batch", type=int, help="images computed at once")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
 
 
 def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    from ..evaluation import MEANING, bounds, evaluate, number, write_report
+    from ..evaluation import MEANING, bounds, curve, evaluate, number, write_report
     from ..runs import Run
 
     folder = Run(args.run)
-    gates = folder.recipe().evaluate.gates
-    settings = {name: getattr(args, name) for name in ("steps", "guidance") if getattr(args, name) is not None}
+    folder.recipe()  # the report needs a run, not only a checkpoint
+    curve(folder.rows())  # and the package that draws it: better said now than after the work
+    names = ("steps", "guidance", "interval", "solver", "batch")
+    settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     found = evaluate(
         args.run,
         samples=args.samples,
@@ -35,11 +40,11 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
         say=lambda line: print(f"{line} ...", file=sys.stderr, flush=True),
         **settings,
     )
-    written = write_report(folder, found, gates)
+    written = write_report(folder, found)
     for name, meaning in MEANING.items():
         if name in found.numbers:
             print(f"{name:<20} {number(found.numbers[name]):>10}   {meaning}")
-    for bound, came, kept in bounds(found, gates):
+    for bound, came, kept in bounds(found):
         print(f"{'kept  ' if kept else 'MISSED'}  {bound} ({came})")
     print("written: " + ", ".join(str(path) for path in written))
     if found.missed:

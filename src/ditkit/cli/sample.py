@@ -38,21 +38,16 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
         raise DitkitError(f"--out is a .png file or a folder, not {args.out}")
     if args.columns is not None and args.columns < 1:
         raise DitkitError(f"--columns must be at least 1, not {args.columns}")
+    import torch
     from tqdm import tqdm
 
-    from ..config import lookup
     from ..pipeline import load
     from ..runs import atomic_write
     from ..sheet import png, sheet
 
     pipeline = load(args.run, ema=args.ema, device=args.device)
-    settings: dict[str, Any] = {
-        name: getattr(args, name) for name in ("steps", "guidance", "batch") if getattr(args, name) is not None
-    }
-    if args.interval:
-        settings["interval"] = tuple(args.interval)
-    if args.solver:
-        settings["solver"] = lookup("solver", args.solver)()
+    names = ("steps", "guidance", "interval", "solver", "batch")
+    settings: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     label = None if args.label is None else args.label[0] if len(args.label) == 1 else args.label
     with tqdm(unit="step", leave=False, dynamic_ncols=True) as bar:
 
@@ -60,12 +55,12 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
             bar.total = total
             bar.update(done - bar.n)
 
-        images = pipeline.sample(label, args.count, seed=args.seed, progress=progress, **settings)
-    if args.out.suffix:
-        atomic_write(args.out, png(sheet(images, args.columns)))
-        print(f"{args.count} images: {args.out}")
-    else:
-        for i, image in enumerate(images):
-            atomic_write(args.out / f"{i:06d}.png", png(sheet(image[None], 1, margin=0)))
-        print(f"{args.count} images in {args.out}")
+        batches = pipeline.stream(label, args.count, seed=args.seed, progress=progress, **settings)
+        if args.out.suffix:
+            images = torch.cat(list(batches))
+            atomic_write(args.out, png(sheet(images, args.columns)))
+        else:
+            for i, image in enumerate(image for batch in batches for image in batch):
+                atomic_write(args.out / f"{i:06d}.png", png(sheet(image[None], 1, margin=0)))
+    print(f"{args.count} images: {args.out}")
     return 0

@@ -48,7 +48,8 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
         recipe, out = old.recipe(), old.folder
     else:
         recipe = find_recipe(args.recipe)
-        out = out or Path("runs") / (Path(args.recipe.partition(":")[2]).name or args.recipe)
+        path = args.recipe.partition(":")[2]
+        out = out or Path("runs") / (Path(path).expanduser().resolve().name if path else args.recipe)
     recipe = override(recipe, ["--help"] if args.fields else rest, f"ditkit train {args.recipe}")
     if train(recipe, out, quiet=args.quiet):
         print(f"trained: {out}\nsample it with: ditkit sample {out}")
@@ -91,21 +92,29 @@ def _choose(recipe: Any, words: list[str]) -> Any:
         value = getattr(node, field)
         if rest:
             return replace(node, **{field: put(value, rest, name)})
-        kind = registered_as(value)[0]
+        kind = field if value is None else registered_as(value)[0]
         if kind == "model" and name in names("size"):
             return replace(node, **{field: lookup("size", name)})
-        return replace(node, **{field: lookup(kind, name)()})
+        try:
+            return replace(node, **{field: lookup(kind, name)()})
+        except TypeError:
+            raise DitkitError(f"{kind} {name!r} needs more than its name (images: train folder:PATH)") from None
 
-    for i in range(len(words) - 1, -1, -1):
-        word, _, value = words[i].partition("=")
+    chosen = []
+    for i, word in enumerate(words):
+        option, _, value = word.partition("=")
+        path = option[2:].split(".") if option.startswith("--") else []
         node: Any = recipe
-        path = word[2:].split(".") if word.startswith("--") else []
-        for part in path:
+        for part in path[:-1]:
             node = getattr(node, part.replace("-", "_"), None)
-        if path and is_dataclass(node):
-            given = value or (words[i + 1] if i + 1 < len(words) else "")
-            recipe = put(recipe, path, given)
-            del words[i : i + (1 if value else 2)]
+        field = path[-1].replace("-", "_") if path else ""
+        # a field that holds a configuration, or may hold one and now holds None
+        if is_dataclass(node) and hasattr(node, field) and (is_dataclass(getattr(node, field)) or names(field)):
+            chosen.append((path, value or (words[i + 1] if i + 1 < len(words) else ""), i, 1 if value else 2))
+    for path, value, _, _ in sorted(chosen, key=lambda c: len(c[0])):  # an outer choice must not undo an inner one
+        recipe = put(recipe, path, value)
+    for _, _, i, count in reversed(chosen):
+        del words[i : i + count]
     return recipe
 
 
@@ -128,5 +137,5 @@ def _chosen(node: Any, path: str = "") -> Iterator[tuple[str, str, str]]:
 def _one_line(message: str) -> str:
     """tyro's framed message without its frame."""
     text = " ".join(re.sub(r"[╭╮╰╯│─]+", " ", message).split())
-    text = re.sub(r"^(Parsing error|Unrecognized options|Value error|Error) (?=\S)", "", text)
-    return re.sub(r"For full helptext, run.*", "", text).strip() + " (see: ditkit train RECIPE --fields)"
+    text = re.sub(r"^(Parsing error|Unrecognized options|Value error|Error parsing \S+:?) (?=\S)", "", text)
+    return re.sub(r"For full helptext.*", "", text).strip() + " (see: ditkit train RECIPE --fields)"

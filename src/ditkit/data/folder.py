@@ -247,6 +247,10 @@ class Folder:
     channels: int = 3
 
     def __post_init__(self) -> None:
+        if not self.path:
+            raise DitkitError("data folder: no path was given; write folder:PATH")
+        # a run must find its images again from wherever it is continued
+        object.__setattr__(self, "path", os.path.abspath(os.path.expanduser(self.path)))
         if self.resolution < 1:
             raise DitkitError(f"data folder: resolution must be at least 1 pixel, not {self.resolution}")
         if not 0 <= self.holdout < 1:

@@ -6,7 +6,7 @@ from .guidance import CFG, Guide, Guided, guide
 from .objective import Discrete, LogitNormal, Loss, MinSNR, Objective, Regression, TimeSampler, Uniform
 from .path import DDPM, Linear, Path, Time, log_snr
 from .posterior import Posterior, posterior
-from .solvers import DDIM, Ancestral, Euler, Heun, Solver, integrate
+from .solvers import DDIM, Ancestral, Euler, Heun, Solver, check_grid, integrate
 from .space import SPACES, det, reading, row, singular_ends
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "Time",
     "TimeSampler",
     "Uniform",
+    "check_grid",
     "det",
     "guide",
     "integrate",

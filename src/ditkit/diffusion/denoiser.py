@@ -129,6 +129,8 @@ class Meaning:
     def __post_init__(self) -> None:
         check_space(self.prediction)
         lookup("clock", self.clock)
+        if not 0 <= self.t_eps < 0.5:
+            raise DitkitError(f"denoiser.t_eps is a small time in [0, 0.5), not {self.t_eps}")
 
     def of(self, model: Callable[..., Tensor]) -> Denoiser:
         """The network with this meaning."""

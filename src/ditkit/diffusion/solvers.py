@@ -20,7 +20,7 @@ from ..rng import Draw
 from .denoiser import Denoise, Prediction, Startable
 from .posterior import learned_log_variance, posterior
 
-__all__ = ["DDIM", "Ancestral", "Euler", "Heun", "Solver", "integrate"]
+__all__ = ["DDIM", "Ancestral", "Euler", "Heun", "Solver", "check_grid", "integrate"]
 
 
 @runtime_checkable
@@ -125,6 +125,14 @@ class Ancestral(_OneStep):
         return torch.exp(0.5 * learned_log_variance(prediction.extra, low, high))
 
 
+def check_grid(denoiser: Startable, solver: Solver, times: Sequence[float]) -> None:
+    """Raises DitkitError for a grid that does not decrease, or at which the solver cannot read the prediction."""
+    if len(times) < 2 or any(s >= t for t, s in pairwise(times)):
+        raise DitkitError(f"a grid is at least two decreasing times, not {times}")
+    visited = times[:-1] if solver.nfe == 1 or times[-1] == 0 else times
+    denoiser.check(visited, solver.needs)
+
+
 def integrate(
     denoiser: Startable,
     solver: Solver,
@@ -139,10 +147,7 @@ def integrate(
     `progress(k, x)` is called after each step. Raises DitkitError before the first step for a grid that does not
     decrease or visits a time at which the prediction cannot be read.
     """
-    if len(times) < 2 or any(s >= t for t, s in pairwise(times)):
-        raise DitkitError(f"a grid is at least two decreasing times, not {times}")
-    visited = times[:-1] if solver.nfe == 1 or times[-1] == 0 else times
-    denoiser.check(visited, solver.needs)
+    check_grid(denoiser, solver, times)
     denoise = denoiser.start(cond, x.shape, times)
     state = solver.init(x)
     for k, (t, s) in enumerate(pairwise(times)):

@@ -18,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Int, UInt8
 from torch import Tensor
+from tqdm import tqdm
 
-from ..config import DitkitError, to_json
+from ..config import DitkitError, near, to_json
 from ..data import Split
 from ..pipeline import Pipeline, load
 from ..recipe import Gate
-from ..runs import Run, find_checkpoint
+from ..runs import find_checkpoint
 from .classifier import train_classifier
 from .distances import frechet_distance, kernel_distance
 from .efficientnet import Features
@@ -50,13 +51,18 @@ MEANING = {
 
 @dataclass(frozen=True)
 class Measurement:
-    """Numbers by name, how they were obtained, the bounds that were missed, and the images measured."""
+    """Numbers by name, how they were obtained, the bounds they should keep, and the images measured."""
 
     numbers: dict[str, float | None]
     protocol: dict[str, Any]
-    missed: tuple[Gate, ...]
+    gates: tuple[Gate, ...]
     images: UInt8[Tensor, "n c h w"]
     labels: Int[Tensor, "n"] | None
+
+    @property
+    def missed(self) -> tuple[Gate, ...]:
+        """The bounds that were not kept."""
+        return tuple(gate for gate in self.gates if not gate.holds(self.numbers))
 
 
 def blurred(images: UInt8[Tensor, "n c h w"], sigma: float = 1.0) -> UInt8[Tensor, "n c h w"]:
@@ -88,6 +94,11 @@ def evaluate(
     begun = time.perf_counter()
     pipeline = load(path, device=device)
     recipe = pipeline.recipe
+    for gate in recipe.evaluate.gates:
+        for name in (gate.metric, gate.times, gate.plus):
+            if name is not None and name not in MEANING:
+                raise DitkitError(f"a bound names {name!r}: {near(name, MEANING)}")
+    features = Features(recipe.evaluate.size, pipeline.device)
     say("reading the data")
     data = recipe.data.open()
     if data.classes != pipeline.classes:
@@ -106,7 +117,7 @@ def evaluate(
     say(f"drawing {count} samples")
     chosen = pipeline.settings(**settings)
     labels = pipeline.labels(None, count)
-    images = pipeline.sample(labels, count, seed=seed, **settings)
+    images = _draw(pipeline, labels, count, seed, settings)
     numbers: dict[str, float | None] = {}
     protocol: dict[str, Any] = {
         "checkpoint": pipeline.origin,
@@ -128,10 +139,9 @@ def evaluate(
         protocol["classifier"] = "small CNN trained on the training images, seed 0"
 
     say("comparing features")
-    features = Features(recipe.evaluate.size, pipeline.device)
     reference = features(real)
     sampled = features(images)
-    untrained = _untrained(pipeline).sample(labels, count, seed=seed, **settings)
+    untrained = _draw(_untrained(pipeline), labels, count, seed, settings)
     sets = {
         "kid": sampled,
         "kid_untrained": features(untrained),
@@ -145,16 +155,13 @@ def evaluate(
     protocol["features"] = {"network": features.name, "sha256": features.sha256, "size": features.size}
 
     say("looking for copies")
-    everything = torch.zeros(max(len(images), len(real)), dtype=torch.long)
-    spread = within_class_distance(images, everything[: len(images)] if labels is None else labels)
-    natural = within_class_distance(real, everything[: len(real)] if real_labels is None else real_labels)
-    numbers["diversity"] = spread / natural if natural > 0 else None
+    spread, natural = _spread(images, labels), _spread(real, real_labels)
+    numbers["diversity"] = spread / natural if spread is not None and natural else None
     copies, floor = f_mem(images, train), f_mem(real, train)
     numbers |= {"f_mem": copies.value, "f_mem_error": copies.error, "f_mem_floor": floor.value}
     protocol["copies"] = f"nearest over second nearest of {len(train)} training images below 1/3, in bytes, L2"
 
-    rows = Run(find_checkpoint(path).folder.parents[1]).rows()
-    numbers["seconds_training"] = rows[-1]["seconds"] if rows else 0.0
+    numbers["seconds_training"] = float(find_checkpoint(path).log["seconds"])
     numbers["seconds_evaluation"] = time.perf_counter() - begun
     numbers["seconds"] = numbers["seconds_training"] + numbers["seconds_evaluation"]
     protocol["versions"] = {"torch": torch.__version__, "python": platform.python_version(), "commit": _commit()}
@@ -162,8 +169,24 @@ def evaluate(
     for gate in recipe.evaluate.gates:
         if numbers.get(gate.metric) is None:
             raise DitkitError(f"the recipe bounds {gate.metric}, which this data does not give")
-    missed = tuple(gate for gate in recipe.evaluate.gates if not gate.holds(numbers))
-    return Measurement(numbers, protocol, missed, images, labels)
+    return Measurement(numbers, protocol, recipe.evaluate.gates, images, labels)
+
+
+def _draw(pipeline: Pipeline, labels: Tensor | None, count: int, seed: int, settings: dict[str, Any]) -> Tensor:
+    """Samples, under a progress bar."""
+    with tqdm(unit="step", leave=False, dynamic_ncols=True) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return pipeline.sample(labels, count, seed=seed, progress=progress, **settings)
+
+
+def _spread(images: Tensor, labels: Tensor | None) -> float | None:
+    """Mean distance within a class; None if no class has two images."""
+    labels = torch.zeros(len(images), dtype=torch.long) if labels is None else labels
+    return within_class_distance(images, labels) if int(labels.bincount().max()) > 1 else None
 
 
 def _images(split: Split, count: int) -> tuple[UInt8[Tensor, "n c h w"], Int[Tensor, "n"] | None]:
@@ -182,10 +205,11 @@ def _untrained(pipeline: Pipeline) -> Pipeline:
 def _commit() -> str | None:
     """The commit of the source that is running, with "+" if it was changed; None outside a checkout."""
     here = Path(__file__).parent
+    tracked = ["ls-files", "--error-unmatch", Path(__file__).name]  # or it is somebody else's repository
     try:
-        commit, status = (
+        commit, status, _ = (
             subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=True, timeout=10).stdout
-            for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--", here.parent])
+            for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--", here.parent], tracked)
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from ..config import DitkitError, to_json
-from ..recipe import Gate
 from ..runs import Run, atomic_write
 from ..sheet import png, sheet
 from .measure import MEANING, Measurement
@@ -58,7 +57,7 @@ def curve(rows: Sequence[Mapping[str, Any]]) -> bytes:
     return buffer.getvalue()
 
 
-def write_report(run: Run, found: Measurement, gates: Sequence[Gate]) -> list[Path]:
+def write_report(run: Run, found: Measurement) -> list[Path]:
     """Write samples.png, loss.png, report.json, report.md and report.html into the run; the paths, the page first."""
     columns = 10
     classes = 0 if found.labels is None else len(set(found.labels.tolist()))
@@ -78,8 +77,8 @@ def write_report(run: Run, found: Measurement, gates: Sequence[Gate]) -> list[Pa
     files = {
         **pictures,
         "report.json": json.dumps(content, indent=1, allow_nan=False) + "\n",
-        "report.md": _markdown(run, found, gates),
-        "report.html": _page(run, found, gates, pictures, recipe.to_json()),
+        "report.md": _markdown(run, found),
+        "report.html": _page(run, found, pictures, recipe.to_json()),
     }
     for name, data in files.items():
         atomic_write(run.folder / name, data)
@@ -97,15 +96,15 @@ def _table(found: Measurement) -> list[tuple[str, str, str]]:
     return lines
 
 
-def bounds(found: Measurement, gates: Sequence[Gate]) -> list[tuple[str, str, bool]]:
+def bounds(found: Measurement) -> list[tuple[str, str, bool]]:
     """Each bound, what it came to, and whether it was kept."""
     return [
-        (str(g), f"{number(found.numbers[g.metric])} against {number(g.limit(found.numbers))}", g not in found.missed)
-        for g in gates
+        (str(g), f"{number(found.numbers[g.metric])} against {number(g.limit(found.numbers))}", g.holds(found.numbers))
+        for g in found.gates
     ]
 
 
-def _markdown(run: Run, found: Measurement, gates: Sequence[Gate]) -> str:
+def _markdown(run: Run, found: Measurement) -> str:
     lines = [
         f"# {run.folder.name}",
         "",
@@ -115,16 +114,14 @@ def _markdown(run: Run, found: Measurement, gates: Sequence[Gate]) -> str:
         "|---|---|---|",
     ]
     lines += [f"| {name} | {value} | {meaning} |" for name, value, meaning in _table(found)]
-    if gates:
+    if found.gates:
         lines += ["", "| bound | found | |", "|---|---|---|"]
-        lines += [
-            f"| {bound} | {came} | {'kept' if kept else '**missed**'} |" for bound, came, kept in bounds(found, gates)
-        ]
+        lines += [f"| {bound} | {came} | {'kept' if kept else '**missed**'} |" for bound, came, kept in bounds(found)]
     lines += ["", "![loss](loss.png)", "", "```json", json.dumps(found.protocol, indent=1), "```", ""]
     return "\n".join(lines)
 
 
-def _page(run: Run, found: Measurement, gates: Sequence[Gate], pictures: Mapping[str, bytes], recipe: str) -> str:
+def _page(run: Run, found: Measurement, pictures: Mapping[str, bytes], recipe: str) -> str:
     def image(name: str, alt: str) -> str:
         data = base64.b64encode(pictures[name]).decode()
         return f'<p><img alt="{alt}" src="data:image/png;base64,{data}"></p>'
@@ -136,7 +133,7 @@ def _page(run: Run, found: Measurement, gates: Sequence[Gate], pictures: Mapping
     kept_or_not = "".join(
         f"<tr><td>{escape(b)}</td><td class=n>{escape(came)}</td>"
         f"<td class={'ok' if kept else 'missed'}>{'kept' if kept else 'missed'}</td></tr>"
-        for b, came, kept in bounds(found, gates)
+        for b, came, kept in bounds(found)
     )
     title = escape(run.folder.name)
     return "\n".join(
@@ -144,7 +141,7 @@ def _page(run: Run, found: Measurement, gates: Sequence[Gate], pictures: Mapping
             f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style>",
             f"<h1>{title}</h1><h2>Samples</h2>" + image("samples.png", "samples, one row for each class"),
             f"<h2>Numbers</h2><table><tr><th>number<th>value<th>what it means{rows}</table>",
-            f"<h2>Bounds</h2><table><tr><th>bound<th>found<th>{kept_or_not}</table>" if gates else "",
+            f"<h2>Bounds</h2><table><tr><th>bound<th>found<th>{kept_or_not}</table>" if found.gates else "",
             "<h2>Training</h2>" + image("loss.png", "training loss over steps"),
             f"<h2>Protocol</h2><pre>{escape(json.dumps(found.protocol, indent=1))}</pre>",
             f"<h2>Recipe</h2><pre>{escape(recipe)}</pre></html>",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import time
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +25,7 @@ class Log:
 
     def __init__(self, path: Path, *, every: int, first: int, total: int, tensorboard: bool, quiet: bool):
         """first, total: steps done so far and in all. Raises DitkitError if tensorboard is asked for and not there."""
-        self.every = every
+        self.every, self.total = every, total
         self.sums: dict[str, float] = {}
         self.count = 0
         self.before, self.begun = 0.0, time.perf_counter()
@@ -40,7 +42,8 @@ class Log:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.bar.close()
-        self.file.close()
+        with contextlib.suppress(OSError):  # a full disk has been said already; closing would try to write again
+            self.file.close()
         if self.board is not None:
             self.board.close()
 
@@ -65,12 +68,14 @@ class Log:
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.bar.update()
-        if step % self.every:
+        last = step == self.total
+        if step % self.every and not last:
             return
         speed = self._images / max(time.perf_counter() - self._since, 1e-9)
         self._since, self._images = time.perf_counter(), 0
         row = {"step": step, **{name: total / self.count for name, total in self.sums.items()}, **now}
-        self.sums, self.count = {}, 0
+        if step % self.every == 0:  # the short row of a last step is no row for a run that goes on
+            self.sums, self.count = {}, 0
         self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {speed:.0f} images/s")
         try:
             clock = {"images_per_second": round(speed, 1), "seconds": self.seconds, "time": round(time.time(), 2)}
@@ -82,6 +87,10 @@ class Log:
             for name, value in row.items():
                 if name != "step":
                     self.board.add_scalar(name, value, step)
+
+    def sync(self) -> None:
+        """Make the rows survive a crash of the machine; a checkpoint must not be newer than its log."""
+        os.fsync(self.file.fileno())
 
     def say(self, line: str) -> None:
         """A line above the progress bar."""

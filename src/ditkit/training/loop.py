@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
+import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..codecs import Codec
+from ..conditioning import Given
 from ..config import DitkitError, differences, to_json
 from ..data import Batch, Dataset, Order
 from ..diffusion import Denoiser, Objective
@@ -45,6 +47,9 @@ def train(recipe: Recipe, folder: str | Path, *, quiet: bool = False) -> bool:
     loss that is not finite (the last good checkpoint stays), and when the disk is full.
     """
     data = recipe.data.open()
+    if data.skipped:
+        shown = "; ".join(data.skipped[:5]) + ("; ..." if len(data.skipped) > 5 else "")
+        print(f"skipped {len(data.skipped)} of the images: {shown}", file=sys.stderr)
     recipe = recipe.fitted(data)
     if len(data.train) == 0:
         raise DitkitError(f"{data.name} has no training images")
@@ -53,20 +58,28 @@ def train(recipe: Recipe, folder: str | Path, *, quiet: bool = False) -> bool:
     if run.exists():
         _same_run(run, recipe)
         checkpoint = run.newest()
-    elif run.folder.exists() and any(run.folder.iterdir()):
-        raise DitkitError(f"{run.folder} is not empty and holds no run: choose another --out")
+    elif found := run.foreign():
+        raise DitkitError(f"{run.folder} is not empty and holds no run (but {found[0]}): choose another --out")
     trainer = Trainer(recipe, data)
     if checkpoint is not None:
+        if checkpoint.state.get("data") != data.source:
+            raise DitkitError(
+                f"the data has changed since {run.folder} was trained: it was {checkpoint.state.get('data')}, it is "
+                f"{data.source}; put it back, or begin another run with --out"
+            )
         if checkpoint.step > recipe.train.steps:
             raise DitkitError(
                 f"{run.folder} has been trained for {checkpoint.step} steps already: give more in --train.steps"
             )
         trainer.restore(checkpoint)
-    run.begin(recipe)
-    run.cut_log(trainer.step)
-    for line in data.skipped if not quiet else ():
-        print(f"skipped {line}")
-    return _steps(trainer, run, checkpoint, quiet)
+    with run.locked():
+        run.begin(recipe)
+        run.cut_log(trainer.step, recipe.train.log_every)
+        return _steps(trainer, run, checkpoint, quiet)
+
+
+class NotFinite(DitkitError):
+    """The loss or its gradient is infinite or not a number."""
 
 
 class Trainer:
@@ -83,10 +96,6 @@ class Trainer:
         self.denoiser: Denoiser = recipe.denoiser.of(self.model)
         self.objective: Objective = recipe.objective
         self.objective.check(self.denoiser)
-        if settings.compile:
-            for name in self.model.plan.shard:
-                for block in self.model.get_submodule(name).children():
-                    block.compile()
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             trained, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
@@ -95,7 +104,27 @@ class Trainer:
         self.rng = Rng(recipe.seed)
         self.order = Order(self.rng, len(data.train))
         self.step = 0
+        self._rehearse()
+        if settings.compile:
+            for name in self.model.plan.shard:
+                for block in self.model.get_submodule(name).children():
+                    block.compile()
         self.log_state: dict[str, Any] = {"sums": {}, "count": 0, "seconds": 0.0}
+
+    @torch.no_grad()
+    def _rehearse(self) -> None:
+        """One loss and one short sampling of two samples: what cannot work is said before anything is written."""
+        recipe, ids = self.recipe, torch.arange(2)
+        if recipe.sample.ema and recipe.sample.ema not in self.settings.emas:
+            raise DitkitError(f"sample.ema is {recipe.sample.ema}, but train.emas are {self.settings.emas}")
+        pipeline = self.pipeline()
+        pipeline.check()
+        pipeline.sample(count=2, steps=2)
+        cond = recipe.conditioner(Given(pipeline.labels(None, 2))).to(self.device)
+        x0 = torch.zeros(2, *pipeline.shape, device=self.device)
+        self.model.eval()
+        self.objective.loss(self.denoiser, x0, cond, self.rng.at(0, ids.to(self.device)))
+        self.model.train()
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -120,7 +149,7 @@ class Trainer:
     def advance(self, parts: list[tuple[Tensor, Batch]]) -> tuple[dict[str, float], float, float]:
         """One optimiser step: mean terms of the loss, norm of the gradient, learning rate.
 
-        Raises DitkitError, before the weights change, for a loss or gradient that is not finite.
+        Raises NotFinite, before the weights change, for a loss or gradient that is not finite.
         """
         recipe, settings, number = self.recipe, self.settings, self.step + 1
         codec: Codec = recipe.codec
@@ -136,13 +165,13 @@ class Trainer:
             total, share = loss.total.mean(), len(positions) / settings.batch
             value = float(total.detach())
             if not math.isfinite(value):
-                raise DitkitError(f"the loss is {value} at step {number}")
+                raise NotFinite(f"the loss is {value} at step {number}")
             (total * share).backward()
             for name, term in {"loss": loss.total, **loss.terms}.items():
                 sums[name] = sums.get(name, 0.0) + float(term.detach().mean()) * share
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip or math.inf))
         if not math.isfinite(norm):
-            raise DitkitError(f"the norm of the gradient is {norm} at step {number}")
+            raise NotFinite(f"the norm of the gradient is {norm} at step {number}")
         rate = self.rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -172,7 +201,7 @@ class Trainer:
         groups: dict[str, Mapping[str, Tensor]] = {"model": self.model.state_dict(), "optimizer": optimizer}
         for decay in self.averages.decays:
             groups[f"ema-{decay}"] = self.averages.tensors(decay)
-        state = {"log": self.log_state, "torch": torch.__version__}
+        state = {"log": self.log_state, "data": self.data.source, "torch": torch.__version__}
         return run.save(self.step, to_json(self.recipe), groups, state)
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -211,19 +240,23 @@ def _steps(trainer: Trainer, run: Run, saved: Checkpoint | None, quiet: bool) ->
                 ahead = reader.submit(trainer.read, trainer.step + 1)
             try:
                 terms, norm, rate = trainer.advance(parts)
-            except DitkitError as error:
+            except NotFinite as error:
                 kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
                 raise DitkitError(f"{error}; {kept}; try a lower --train.lr or --train.clip 1") from None
             log.step(trainer.step, settings.batch, {**terms, "grad_norm": norm}, lr=rate)
             trainer.log_state = log.state
             done = trainer.step == settings.steps
-            if trainer.step % settings.checkpoint_every == 0 or done:
-                last = trainer.save(run)
-                run.prune(settings.keep)
+            # the sheet first: a kill in between then repeats both, and loses neither
             if settings.sample_every and (trainer.step % settings.sample_every == 0 or done):
                 _sheet(trainer, run)
-        if asked:
-            last = trainer.save(run)
+            if trainer.step % settings.checkpoint_every == 0 or done:
+                log.sync()
+                last = trainer.save(run)
+                run.prune(settings.keep)
+        if asked and trainer.step < settings.steps:
+            log.sync()
+            trainer.save(run)
+            run.prune(settings.keep)
             log.say(f"stopped after step {trainer.step}; go on with: ditkit train {run.folder}")
     return trainer.step == settings.steps
 
