@@ -12,8 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+from ditkit.diffusion import MinSNR
+from ditkit.pipeline import load
 from ditkit.recipe import Evaluate, Gate, Recipe, Sample, Train
 from ditkit.recipes import digits
 from ditkit.runs import Run
@@ -45,7 +48,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 def refused(done: subprocess.CompletedProcess[str], *says: str) -> None:
     """One line on stderr that says these things, and a non-zero exit."""
-    progress = ("it/s", "step/s", "?step", "...")
+    progress = ("it/s", "step/s", "?step", "...", "skipped")
     lines = [line for line in done.stderr.splitlines() if line.strip() and not any(p in line for p in progress)]
     assert done.returncode != 0
     assert len(lines) == 1, done.stderr
@@ -113,6 +116,7 @@ def test_wrong_words_get_one_clear_line(words: str, says: str, ditkit: Command, 
         ("--interval 0.9 0.1 --guidance 2", "interval"),
         ("--ema 0.5", "(0.9, 0.99), not 0.5"),
         ("--device tpu", "tpu"),
+        ("--dtype fp8", "fp32 or bf16"),
         ("--out samples.jpg", ".png"),
         ("--out out.png --batch 0", "sample.batch"),
         ("--columns 0", "--columns"),
@@ -154,6 +158,90 @@ def test_samples_do_not_depend_on_batch_or_count(ditkit: Command, trained: Path,
         pictures.append((tmp_path / "grid.png").read_bytes())
     assert pictures[0] == pictures[1]
     assert Image.open(tmp_path / "grid.png").size[0] >= 2 * 28
+
+
+def test_bf16_draws_nearly_the_same(trained: Path) -> None:
+    drawn = []
+    for dtype, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        pipeline = load(trained, device="cpu", dtype=dtype)
+        assert all(p.dtype == kind for p in pipeline.model.parameters())
+        seeded = torch.Generator().manual_seed(0)  # after four steps the output is still nearly zero
+        weight = pipeline.model.get_parameter("final_layer.linear.weight")
+        weight.data = torch.empty(weight.shape).normal_(std=0.1, generator=seeded).to(kind)
+        drawn.append(pipeline.sample(count=10).float())
+    assert not torch.equal(*drawn)
+    assert float((drawn[0] - drawn[1]).abs().mean()) < 2  # of 255
+
+
+def test_settings_changed_after_training_are_the_ones_used(ditkit: Command, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    assert ditkit("train", "run", "--sample.guidance", "3", "--sample.steps", "2", "--quiet").returncode == 0
+    pipeline = load(tmp_path / "run", device="cpu")
+    assert (pipeline.settings().guidance, pipeline.settings().steps) == (3, 2)
+
+
+def test_a_full_disk_in_the_log_is_one_line(ditkit_process: Command, tiny: Recipe, tmp_path: Path) -> None:
+    words = (
+        "--train.steps",
+        "400",
+        "--train.log-every",
+        "1",
+        "--train.checkpoint-every",
+        "400",
+        "--quiet",
+        *TINY_FLAGS,
+    )
+    refused(
+        ditkit_process("train", "digits", "--out", "run", *words, preexec_fn=limited(6000)), "cannot write", "log.jsonl"
+    )
+
+
+def test_leftovers_of_a_crash_do_not_block_the_same_command(ditkit: Command, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".writing-1-recipe.json").write_text("{")
+    done = ditkit("train", "digits", "--out", "run", "--train.steps", "1", "--quiet", *TINY_FLAGS)
+    assert done.returncode == 0, done.stderr
+    assert not list((tmp_path / "run").glob(".writing-*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--sample.grid ddpm", "needs a DDPM path"),
+        ("--sample.ema 0.5", "sample.ema is 0.5"),
+        ("--sample.solver ddpm", "predicts no variance"),
+        ("--sample.interval 0.9 0.1", "interval"),
+        ("--denoiser.clock index", "DDPM path"),
+        ("--denoiser.t-eps -1", "t_eps"),
+        ("--objective.variance hybrid", "DDPM"),
+        ("--train.clip=-1", "train.clip must not be negative"),
+        ("--train.betas 2 3", "train.betas"),
+        ("--train.lr=-1", "train.lr"),
+        ("--evaluate.samples 3", "at least 10"),
+        ("--data folder", "folder:PATH"),
+        ("--objective.weighting min_snr", "set objective.loss_space to x0"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_written(
+    words: str, says: str, ditkit: Command, tmp_path: Path
+) -> None:
+    refused(ditkit("train", "digits", *TINY_FLAGS, *words.split()), says)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_configuration_that_is_none_can_be_chosen_too(ditkit: Command, tmp_path: Path) -> None:
+    words = ("--objective.loss-space", "x0", "--objective.weighting", "min_snr", "--train.steps", "1", "--quiet")
+    done = ditkit("train", "digits", "--out", "run", *TINY_FLAGS, *words)
+    assert done.returncode == 0, done.stderr
+    assert Run(tmp_path / "run").recipe().objective.weighting == MinSNR()
+
+
+def test_a_run_whose_images_have_changed_is_not_continued(ditkit: Command, pictures: Path, tmp_path: Path) -> None:
+    shutil.copytree(pictures, tmp_path / "pets")
+    words = ["--data.resolution", "16", "--quiet", *("8" if word == "7" else word for word in TINY_FLAGS)]
+    assert ditkit("train", "folder:pets", "--train.steps", "2", *words).returncode == 0
+    next((tmp_path / "pets" / "blue").glob("*.png")).unlink()
+    refused(ditkit("train", "runs/pets", "--train.steps", "4", "--quiet"), "the data has changed")
 
 
 def test_damaged_runs_are_named(ditkit: Command, trained: Path, tmp_path: Path) -> None:

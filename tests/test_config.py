@@ -26,7 +26,7 @@ REGISTERED = {
     for name, entry in entries.items()
     if isinstance(entry, type) and dataclasses.is_dataclass(entry)
 }
-REQUIRED = {str: "some text", int: 3, float: 1.5, bool: True}
+REQUIRED = {str: "at_least", int: 3, float: 1.5, bool: True}
 
 
 def example(cls: type) -> Any:

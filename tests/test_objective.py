@@ -119,7 +119,7 @@ def test_min_snr_is_the_smaller_of_snr_and_gamma() -> None:
     assert_close(weighted, plain * snr.clamp(max=5.0) / snr, rtol=1e-9, atol=0)
     assert float(snr.min()) < 5 < float(snr.max())
     with pytest.raises(DitkitError, match="min_snr is defined on the error of x0"):
-        Regression("eps", weighting=MinSNR())
+        Regression("eps", Discrete(), MinSNR()).check(denoiser)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

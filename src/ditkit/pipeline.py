@@ -152,11 +152,14 @@ class Pipeline:
         return self.recipe.codec.decode(out).cpu()
 
 
-def load(run_or_checkpoint: str | Path, *, ema: float | None = None, device: str = "auto") -> Pipeline:
+def load(
+    run_or_checkpoint: str | Path, *, ema: float | None = None, device: str = "auto", dtype: str = "fp32"
+) -> Pipeline:
     """The pipeline of a run folder (its newest checkpoint) or of one checkpoint.
 
-    ema: which averaged weights, None = those of the recipe (the first), 0 = the weights themselves. Raises DitkitError
-    for a missing, damaged or foreign folder.
+    ema: which averaged weights, None = those of the recipe (the first), 0 = the weights themselves. dtype: fp32, or
+    bf16 for the network alone (the solver stays in float32). Raises DitkitError for a missing, damaged or
+    foreign folder.
     """
     checkpoint = find_checkpoint(run_or_checkpoint)
     recipe = checkpoint.recipe
@@ -180,4 +183,7 @@ def load(run_or_checkpoint: str | Path, *, ema: float | None = None, device: str
     size = recipe.model.input_size
     height, width = (size, size) if isinstance(size, int) else size
     shape = (recipe.model.in_channels, height, width)
-    return Pipeline(recipe, model.to(device_of(device)), shape, f"{checkpoint.folder.name}/{name}")
+    if dtype not in ("fp32", "bf16"):
+        raise DitkitError(f"the dtype is fp32 or bf16, not {dtype!r}")
+    model = model.to(device_of(device), torch.bfloat16 if dtype == "bf16" else torch.float32)
+    return Pipeline(recipe, model, shape, f"{checkpoint.folder.name}/{name}")

@@ -95,8 +95,9 @@ def peak_bytes(function: Callable[[], Any]) -> int:
 def cost(config: ModelConfig, *, resolution: int | None = None, batch: int = 1, dtype: str = "bf16") -> Cost:
     """The cost of a model on inputs of `resolution` (its own by default), in the units that the model diffuses.
 
-    dtype: "bf16" samples in bfloat16 and trains under autocast, "fp32" does both in float32. Memory assumes attention
-    that does not keep the matrix of weights. Raises DitkitError for a resolution that patches do not tile.
+    dtype: "bf16" samples with a network in bfloat16 and trains under autocast, "fp32" does both in float32. Memory
+    assumes attention that does not keep the matrix of weights. Raises DitkitError for a resolution that patches do not
+    tile.
     """
     if dtype not in ("bf16", "fp32"):
         raise DitkitError(f"the dtype is bf16 or fp32, not {dtype!r}")

@@ -27,6 +27,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ema", type=float, help="decay of the averaged weights to use, 0 = the weights themselves")
     parser.add_argument("--batch", type=int, help="images computed at once")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    parser.add_argument("--dtype", default="fp32", help="fp32, or bf16 for the network (default: fp32)")
     parser.add_argument(
         "--out", type=Path, default=Path("samples.png"), help="a sheet .png, or a folder for single images"
     )
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from ..runs import atomic_write
     from ..sheet import png, sheet
 
-    pipeline = load(args.run, ema=args.ema, device=args.device)
+    pipeline = load(args.run, ema=args.ema, device=args.device, dtype=args.dtype)
     names = ("steps", "guidance", "interval", "solver", "batch")
     settings: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     label = None if args.label is None else args.label[0] if len(args.label) == 1 else args.label

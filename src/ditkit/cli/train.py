@@ -109,7 +109,11 @@ def _choose(recipe: Any, words: list[str]) -> Any:
             node = getattr(node, part.replace("-", "_"), None)
         field = path[-1].replace("-", "_") if path else ""
         # a field that holds a configuration, or may hold one and now holds None
-        if is_dataclass(node) and hasattr(node, field) and (is_dataclass(getattr(node, field)) or names(field)):
+        if (
+            is_dataclass(node)
+            and hasattr(node, field)
+            and (is_dataclass(getattr(node, field)) or (getattr(node, field) is None and names(field)))
+        ):
             chosen.append((path, value or (words[i + 1] if i + 1 < len(words) else ""), i, 1 if value else 2))
     for path, value, _, _ in sorted(chosen, key=lambda c: len(c[0])):  # an outer choice must not undo an inner one
         recipe = put(recipe, path, value)

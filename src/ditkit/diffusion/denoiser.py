@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..conditioning import Conditioning
 from ..config import DitkitError, lookup, register, register_name
@@ -146,10 +146,11 @@ class Denoiser:
         self.clock: Callable[[Path, Tensor], Tensor] = lookup("clock", clock)
 
     def __call__(self, x: Tensor, t: Time, cond: Conditioning, *, edit: Any = None) -> Prediction:
-        """x [b c *space] in float32; t one time or [b], float64 on the host."""
+        """x [b c *space]; t one time or [b], float64 on the host. The network sees x in the dtype of its weights."""
         t = as_time(t)
         clock = self.clock(self.path, t).to(x.device, torch.float32).expand(x.shape[0])
-        out = self.model(x, clock, cond, edit=edit).to(x.dtype)
+        weight = next(self.model.parameters(), x) if isinstance(self.model, nn.Module) else x
+        out = self.model(x.to(weight.dtype), clock, cond, edit=edit).to(x.dtype)
         extra = None
         if out.shape[1] == 2 * x.shape[1]:
             out, extra = out.chunk(2, dim=1)

@@ -144,10 +144,10 @@ class Regression:
         check_space(self.loss_space)
         if self.variance not in (None, "hybrid"):
             raise DitkitError(f"objective.variance is None or 'hybrid', not {self.variance!r}")
-        if isinstance(self.weighting, MinSNR) and self.loss_space != "x0":
-            raise DitkitError("the weighting min_snr is defined on the error of x0: set objective.loss_space to x0")
 
     def check(self, denoiser: Denoiser) -> None:
+        if isinstance(self.weighting, MinSNR) and self.loss_space != "x0":
+            raise DitkitError("the weighting min_snr is defined on the error of x0: set objective.loss_space to x0")
         denoiser.check(self.times.ends, (self.loss_space,))
         if isinstance(denoiser.path, DDPM) and self.times != Discrete(denoiser.path.steps):
             raise DitkitError(

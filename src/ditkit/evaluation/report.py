@@ -41,14 +41,12 @@ def curve(rows: Sequence[Mapping[str, Any]]) -> bytes:
     except ImportError:
         raise DitkitError("the plots of a report need matplotlib: pip install 'ditkit[metrics]'") from None
     steps, losses = [r["step"] for r in rows], [r["loss"] for r in rows]
-    smooth, mean = [], losses[0] if losses else 0.0
-    for loss in losses:
-        mean += 0.1 * (loss - mean)
-        smooth.append(mean)
+    windows = [losses[max(0, i - 9) : i + 1] for i in range(len(losses))]
+    smooth = [sum(window) / len(window) for window in windows]
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(steps, losses, color="#b8c4d6", linewidth=1, label="mean over the steps of a row")
-    axes.plot(steps, smooth, color="#1f4e9e", linewidth=2, label="running mean over 10 rows")
+    axes.plot(steps, smooth, color="#1f4e9e", linewidth=2, label="mean over the last 10 rows")
     axes.set(xlabel="step", ylabel="training loss", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)

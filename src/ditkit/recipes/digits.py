@@ -32,14 +32,14 @@ def digits() -> Recipe:
         # wider than JiT's 0.8: the flat background of a digit is learned at little noise
         objective=Regression("velocity", LogitNormal(0.8, 1.0)),
         train=Train(
-            steps=2400,
+            steps=2200,
             batch=32,
             lr=1e-3,
             warmup=100,
             cooldown=1000,
-            emas=(0.99, 0.998),
-            sample_every=800,
-            checkpoint_every=800,
+            emas=(0.99,),
+            sample_every=1100,
+            checkpoint_every=550,
         ),
         # guidance at little noise roughens the background and no longer changes which digit it is
         sample=Sample(steps=16, solver=Heun(), guidance=2.5, interval=(0.3, 0.9), batch=100),
