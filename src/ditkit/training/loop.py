@@ -22,7 +22,7 @@ from torch import Tensor
 from ..codecs import Codec
 from ..conditioning import Given
 from ..config import DitkitError, differences, to_json
-from ..data import Batch, Dataset, Order
+from ..data import Batch, Dataset, Images, Order
 from ..diffusion import Denoiser, Objective
 from ..models import Model
 from ..pipeline import Pipeline
@@ -236,7 +236,9 @@ def _steps(trainer: Trainer, run: Run, saved: Checkpoint | None, quiet: bool) ->
         ahead: Future[Any] | None = None
         while trainer.step < settings.steps and not asked:
             parts = trainer.read(trainer.step) if ahead is None else ahead.result()
-            if trainer.step + 1 < settings.steps:
+            # only what is slow to read is read ahead: tensor operations in a second thread have a second team of OpenMP
+            # threads, whose waiting takes the cores from the first
+            if trainer.step + 1 < settings.steps and not isinstance(trainer.data.train, Images):
                 ahead = reader.submit(trainer.read, trainer.step + 1)
             try:
                 terms, norm, rate = trainer.advance(parts)
