@@ -564,6 +564,29 @@ def test_an_edit_can_read_and_change_features(tiny: tuple[Model, Any]) -> None:
     assert not torch.allclose(doubled, out)
 
 
+def test_attention_can_be_the_identity_in_some_rows(tiny: tuple[Model, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if every token of these rows were masked from all but itself; the other rows do not change by a bit."""
+    model, config = tiny
+    given, rows = inputs(config, 3), torch.tensor([True, False, True])
+
+    def identity(site: str, block: nn.Module, x: Tensor, *args: Any) -> Tensor:
+        return block(x, *args, identity=rows) if site == "blocks.1" else block(x, *args)
+
+    def diagonal(site: str, block: nn.Module, x: Tensor, *args: Any) -> Tensor:
+        def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, dropout: float = 0.0) -> Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, torch.eye(q.shape[2], dtype=torch.bool))
+
+        with monkeypatch.context() as patch:
+            if site == "blocks.1":
+                patch.setattr("ditkit.layers.attention.attend", attend)
+            return block(x, *args)
+
+    out, plain, masked = (model(*given, edit=edit) for edit in (identity, None, diagonal))
+    assert_close(out[rows], masked[rows], rtol=1e-5, atol=1e-5)
+    assert torch.equal(out[~rows], plain[~rows])
+    assert not torch.allclose(out[rows], plain[rows], rtol=1e-2)
+
+
 # options
 
 

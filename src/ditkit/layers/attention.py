@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -37,11 +38,21 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Float[Tensor, "b n d"], rope: Float[Tensor, "2 n hd"] | None = None) -> Float[Tensor, "b n d"]:
+    def forward(
+        self,
+        x: Float[Tensor, "b n d"],
+        rope: Float[Tensor, "2 n hd"] | None = None,
+        *,
+        identity: Bool[Tensor, "b"] | None = None,
+    ) -> Float[Tensor, "b n d"]:
+        """identity: True in the rows of the batch whose attention map is the identity: each token sees itself alone
+        (perturbed attention, Ahn et al. 2024)."""
         b, n, d = x.shape
         q, k, v = self.qkv(x).view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         out = attend(q, k, v, dropout=self.attn_drop if self.training else 0.0)
+        if identity is not None:
+            out = torch.where(identity[:, None, None, None], v, out)
         return self.proj_drop(self.proj(out.transpose(1, 2).reshape(b, n, d)))

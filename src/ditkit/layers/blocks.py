@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .modulation import adaln, modulate
@@ -17,6 +17,10 @@ class Edit(Protocol):
 
     `site` is the block's name in the state dict ("blocks.3"). The identity is `lambda site, block, x, *args:
     block(x, *args)`. Guidance by perturbation, control, caching, routing and feature taps are edits.
+
+    A block with self-attention takes `identity=`, a boolean for each row of the batch: where it is True the map of its
+    self-attention is the identity. It is data, not another module: nothing is patched, and a compiled block stays
+    compiled.
     """
 
     def __call__(self, site: str, block: nn.Module, x: Any, /, *args: Any) -> Any: ...
@@ -36,10 +40,15 @@ class AdaLNZeroBlock(nn.Module):
         self.adaLN_modulation = adaln(dim, 6)
 
     def forward(
-        self, x: Float[Tensor, "b n d"], c: Float[Tensor, "b d"], rope: Float[Tensor, "2 n hd"] | None = None
+        self,
+        x: Float[Tensor, "b n d"],
+        c: Float[Tensor, "b d"],
+        rope: Float[Tensor, "2 n hd"] | None = None,
+        *,
+        identity: Bool[Tensor, "b"] | None = None,
     ) -> Float[Tensor, "b n d"]:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
-        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1), rope)
+        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1), rope, identity=identity)
         return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
