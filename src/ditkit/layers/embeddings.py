@@ -11,10 +11,14 @@ from torch import Tensor, nn
 __all__ = ["LabelEmbedder", "TimestepEmbedder", "sincos_2d", "sinusoid"]
 
 
-def sinusoid(t: Float[Tensor, "b"], dim: int) -> Float[Tensor, "b dim"]:
-    """[cos, sin] of t times dim/2 frequencies from 1 down to 1/10000, not reached (DDPM, with cos first)."""
+def sinusoid(t: Float[Tensor, "b"], dim: int, shift: int = 0) -> Float[Tensor, "b dim"]:
+    """[cos, sin] of t times dim/2 frequencies 10000^(-i / (dim/2 - shift)), cos first.
+
+    shift: with 0 the last frequency stays above 1/10000 (DiT), with 1 it is 1/10000 (DDPM, diffusers' DiT).
+    """
     half = dim // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    steps = torch.arange(half, dtype=torch.float32, device=t.device)
+    frequencies = torch.exp(-math.log(10000) * steps / (half - shift))
     angles = t.float()[:, None] * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
@@ -22,13 +26,13 @@ def sinusoid(t: Float[Tensor, "b"], dim: int) -> Float[Tensor, "b dim"]:
 class TimestepEmbedder(nn.Module):
     """A sinusoid of the model's own time, then Linear, SiLU, Linear."""
 
-    def __init__(self, dim: int, frequencies: int = 256):
+    def __init__(self, dim: int, frequencies: int = 256, shift: int = 0):
         super().__init__()
-        self.frequencies = frequencies
+        self.frequencies, self.shift = frequencies, shift
         self.mlp = nn.Sequential(nn.Linear(frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t: Float[Tensor, "b"]) -> Float[Tensor, "b d"]:
-        return self.mlp(sinusoid(t, self.frequencies).to(next(self.mlp.parameters()).dtype))
+        return self.mlp(sinusoid(t, self.frequencies, self.shift).to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):

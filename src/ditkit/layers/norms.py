@@ -26,6 +26,6 @@ class RMSNorm(nn.Module):
         return (y * self.weight).to(x.dtype)
 
 
-def layer_norm(dim: int) -> nn.LayerNorm:
-    """LayerNorm without weights, eps 1e-6: the norm that adaLN modulates (DiT)."""
-    return nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+def layer_norm(dim: int, eps: float = 1e-6) -> nn.LayerNorm:
+    """LayerNorm without weights: the norm that adaLN modulates (DiT)."""
+    return nn.LayerNorm(dim, eps=eps, elementwise_affine=False)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..conditioning import Conditioning
-from ..config import register
+from ..config import DitkitError, register
 from ..layers import (
     AdaLNZeroBlock,
     Attention,
@@ -54,9 +54,17 @@ class DiTConfig:
     """0 = unconditional. The null label has the index num_classes."""
     learn_sigma: bool = True
     """Predict the variance too, in as many channels again."""
+    frequency_shift: int = 0
+    """Frequencies of the time are 10000^(-i / (128 - shift)): 0 in the release, 1 in diffusers' DiT."""
+    mlp_norm_eps: float = 1e-6
+    """eps of the norm before each MLP: 1e-6 in the release, 1e-5 in diffusers' DiT."""
 
     def __post_init__(self) -> None:
         at_least_one(self, "patch_size", "in_channels", "hidden_size", "depth", "num_heads")
+        if self.frequency_shift not in (0, 1):
+            raise DitkitError(f"model.frequency_shift is 0 or 1, not {self.frequency_shift}")
+        if not self.mlp_norm_eps > 0:
+            raise DitkitError(f"model.mlp_norm_eps must be above 0, not {self.mlp_norm_eps}")
 
     def build(self, seed: int = 0) -> DiT:
         """The network with initial weights."""
@@ -70,7 +78,7 @@ def block(config: DiTConfig) -> AdaLNZeroBlock:
         dim,
         norm1=layer_norm(dim),
         attn=Attention(dim, config.num_heads),
-        norm2=layer_norm(dim),
+        norm2=layer_norm(dim, config.mlp_norm_eps),
         mlp=Mlp(dim, int(dim * config.mlp_ratio)),
     )
 
@@ -89,7 +97,7 @@ class DiT(Model):
         rows, columns = (size, size) if isinstance(size, int) else size
         self.grid = (rows // patch, columns // patch)
         self.x_embedder = PatchEmbed(config.in_channels, patch, dim)
-        self.t_embedder = TimestepEmbedder(dim)
+        self.t_embedder = TimestepEmbedder(dim, shift=config.frequency_shift)
         self.y_embedder = LabelEmbedder(config.num_classes, dim)
         self.pos_embed = nn.Parameter(sincos_2d(dim, self.grid), requires_grad=False)
         self.blocks = nn.ModuleList(block(config) for _ in range(config.depth))
