@@ -327,7 +327,7 @@ def test_every_byte_comes_back() -> None:
     assert torch.equal(Pixels().decode(x0), data)
     assert torch.equal(Pixels().decode(x0.double()), data)
     assert isinstance(Pixels(), Codec)
-    assert Pixels().shape(3, 28, 32) == (3, 28, 32)
+    assert Pixels().shape((3, 28, 32)) == (3, 28, 32)
 
 
 def test_decoding_clips_and_rounds_to_the_nearest_byte() -> None:

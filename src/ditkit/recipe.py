@@ -159,14 +159,14 @@ class Recipe:
     """Everything about a run; saved as JSON in the run folder and in each checkpoint."""
 
     data: Any = Digits()
-    """The images."""
+    """The samples."""
     codec: Any = Pixels()
-    """From images to the tensor that is diffused, and back."""
+    """From the data to the tensor that is diffused, and back."""
     conditioner: Any = Label()
     """What the network is given."""
     model: Any = models.JiTConfig()
     """The network."""
-    denoiser: Meaning = Meaning(prediction="x0", clock="1-t", t_eps=0.05)
+    denoiser: Any = Meaning(prediction="x0", clock="1-t", t_eps=0.05)
     """What the network's output means."""
     objective: Any = Regression(times=LogitNormal(0.8, 0.8))
     """What training minimises."""
@@ -188,24 +188,15 @@ class Recipe:
                     raise DitkitError(f"{field.name} cannot be a {kind}")
 
     def fitted(self, data: Dataset) -> Recipe:
-        """The recipe for this data: its classes, channels and size become those of the model and the conditioner.
+        """The recipe for this data: each part takes its shape, classes or symbols from it.
 
-        Raises DitkitError if patches do not tile the images.
+        Raises DitkitError for parts that do not go together.
         """
-        channels, height, width = self.codec.shape(data.channels, *data.resolution)
-        patch = getattr(self.model, "patch_size", 1)
-        if height % patch or width % patch:
-            raise DitkitError(
-                f"images of {height} x {width} are not tiled by patches of {patch}: "
-                "change --model.patch-size or --data.resolution"
-            )
-        model = replace(
-            self.model,
-            in_channels=channels,
-            input_size=height if height == width else (height, width),
-            num_classes=len(data.classes),
-        )
-        return replace(self, model=model, conditioner=replace(self.conditioner, classes=data.classes))
+        codec = self.codec.fitted(data.symbols)
+        denoiser = self.denoiser.fitted(codec.vocab)
+        model = self.model.fitted(codec.shape(data.shape), len(data.classes), denoiser.vocab)
+        conditioner = self.conditioner.fitted(data.classes)
+        return replace(self, codec=codec, conditioner=conditioner, model=model, denoiser=denoiser)
 
     def to_json(self) -> str:
         """The recipe as indented JSON."""

@@ -1,15 +1,63 @@
-"""Many images as one picture."""
+"""Many samples as one file that shows them: a picture, a plot, a text."""
 
 from __future__ import annotations
 
 import io
 import math
 
-from jaxtyping import UInt8
-from PIL import Image
+import numpy as np
+import torch
+from jaxtyping import Float, Shaped, UInt8
+from PIL import Image, ImageDraw
 from torch import Tensor
 
-__all__ = ["png", "sheet"]
+from .config import DitkitError
+from .data import strings
+
+__all__ = ["SUFFIXES", "plot", "png", "rendered", "sheet", "suffix"]
+
+SUFFIXES = (".png", ".txt", ".npy")
+
+
+def suffix(samples: Shaped[Tensor, "n *sample"]) -> str:
+    """The kind of file that shows such samples: .txt for texts, .png for images and vectors."""
+    return ".txt" if _is_text(samples) else ".png"
+
+
+def rendered(samples: Shaped[Tensor, "n *sample"], kind: str, columns: int | None = None) -> bytes:
+    """The samples as the content of a file of this kind.
+
+    .png: a sheet of images, or a plot of the first two coordinates of vectors. .txt: texts, one in a line. .npy: the
+    numbers themselves. Raises DitkitError for samples that cannot be shown so.
+    """
+    buffer = io.BytesIO()
+    if kind == ".npy":
+        np.save(buffer, samples.numpy(), allow_pickle=False)
+        return buffer.getvalue()
+    if kind == ".txt" and _is_text(samples):
+        return "".join(line + "\n" for line in strings(samples)).encode()
+    if kind == ".png" and samples.ndim == 4:
+        return png(sheet(samples, columns, margin=0 if len(samples) == 1 else 2))
+    if kind == ".png" and samples.ndim == 2 and samples.is_floating_point():
+        return png(plot(samples))
+    raise DitkitError(f"such samples cannot be shown as {kind}: use {suffix(samples)}, or .npy for the numbers")
+
+
+def _is_text(samples: Tensor) -> bool:
+    return samples.ndim == 2 and not samples.is_floating_point()
+
+
+def plot(points: Float[Tensor, "n d"], side: int = 512) -> Image.Image:
+    """The first two coordinates of vectors as dots, the larger range filling the picture; the second one points up."""
+    xy = torch.stack((points[:, 0], points[:, min(1, points.shape[1] - 1)]), dim=1).double()
+    low, high = xy.amin(0), xy.amax(0)
+    span = max(float((high - low).max()), 1e-9)
+    picture = Image.new("RGB", (side, side), "white")
+    draw = ImageDraw.Draw(picture)
+    for u, v in ((xy - (low + high) / 2) / span).tolist():
+        across, down = side * (0.5 + 0.9 * u), side * (0.5 - 0.9 * v)
+        draw.ellipse((across - 2, down - 2, across + 2, down + 2), fill="#1f4e9e")
+    return picture
 
 
 def sheet(images: UInt8[Tensor, "n c h w"], columns: int | None = None, margin: int = 2) -> Image.Image:

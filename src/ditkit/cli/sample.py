@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +17,31 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """What is not given is as the recipe has it."""
     parser.add_argument("run", metavar="RUN", help="a run folder, or one of its checkpoints")
     parser.add_argument(
-        "--label", nargs="+", help="a class by name or number, or one for each image (default: all in turn)"
+        "--label", nargs="+", help="a class by name or number, or one for each sample (default: all in turn)"
     )
-    parser.add_argument("--count", type=int, default=16, help="how many images (default: 16)")
+    parser.add_argument("--count", type=int, default=16, help="how many samples (default: 16)")
     parser.add_argument("--steps", type=int, help="solver steps")
     parser.add_argument("--guidance", type=float, help="scale of classifier-free guidance, 1 = none")
     parser.add_argument("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guided where LOW < t < HIGH")
     parser.add_argument("--solver", help="euler, heun, ddim, ddpm")
-    parser.add_argument("--seed", type=int, default=0, help="image i depends on the seed, i and its label alone")
+    parser.add_argument("--seed", type=int, default=0, help="sample i depends on the seed, i and its label alone")
     parser.add_argument("--ema", type=float, help="decay of the averaged weights to use, 0 = the weights themselves")
-    parser.add_argument("--batch", type=int, help="images computed at once")
+    parser.add_argument("--batch", type=int, help="samples computed at once")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--dtype", default="fp32", help="fp32, or bf16 for the network (default: fp32)")
     parser.add_argument(
-        "--out", type=Path, default=Path("samples.png"), help="a sheet .png, or a folder for single images"
+        "--out",
+        type=Path,
+        help="a file .png, .txt or .npy (the numbers), or a folder for single samples (default: samples.png; texts are "
+        "printed)",
     )
     parser.add_argument("--columns", type=int, help="images in a row of the sheet")
 
 
 def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    if args.out.suffix.lower() not in (".png", ""):
-        raise DitkitError(f"--out is a .png file or a folder, not {args.out}")
+    kind = "" if args.out is None else args.out.suffix.lower()
+    if kind not in ("", ".png", ".txt", ".npy"):
+        raise DitkitError(f"--out is a .png, .txt or .npy file or a folder, not {args.out}")
     if args.columns is not None and args.columns < 1:
         raise DitkitError(f"--columns must be at least 1, not {args.columns}")
     import torch
@@ -44,7 +49,7 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
     from ..pipeline import load
     from ..runs import atomic_write
-    from ..sheet import png, sheet
+    from ..sheet import rendered, suffix
 
     pipeline = load(args.run, ema=args.ema, device=args.device, dtype=args.dtype)
     names = ("steps", "guidance", "interval", "solver", "batch")
@@ -57,11 +62,18 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
             bar.update(done - bar.n)
 
         batches = pipeline.stream(label, args.count, seed=args.seed, progress=progress, **settings)
-        if args.out.suffix:
-            images = torch.cat(list(batches))
-            atomic_write(args.out, png(sheet(images, args.columns)))
+        first = next(batches)
+        own = suffix(first)
+        rendered(first[:1], kind or own)  # what cannot be shown so is said before the rest is drawn
+        if args.out is not None and not kind:
+            for i, one in enumerate(one for batch in chain((first,), batches) for one in batch):
+                atomic_write(args.out / f"{i:06d}{own}", rendered(one[None], own, 1))
         else:
-            for i, image in enumerate(image for batch in batches for image in batch):
-                atomic_write(args.out / f"{i:06d}.png", png(sheet(image[None], 1, margin=0)))
-    print(f"{args.count} images: {args.out}")
+            content = rendered(torch.cat((first, *batches)), kind or own, args.columns)
+            if args.out is None and own == ".txt":
+                bar.close()
+                print(content.decode(), end="")
+                return 0
+            atomic_write(args.out or Path("samples.png"), content)
+    print(f"{args.count} samples: {args.out or 'samples.png'}")
     return 0

@@ -1,5 +1,7 @@
 """Codecs: data to the tensor that is diffused, and back."""
 
-from .pixels import Codec, Pixels
+from .codec import Codec
+from .pixels import Pixels
+from .vectors import Vectors
 
-__all__ = ["Codec", "Pixels"]
+__all__ = ["Codec", "Pixels", "Vectors"]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Protocol, Self, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -25,6 +25,10 @@ class Conditioner(Protocol):
 
     def null(self, n: int) -> Conditioning:
         """What a weak opinion is given: null is data, as is a negative prompt."""
+        ...
+
+    def fitted(self, classes: tuple[str, ...]) -> Self:
+        """The conditioner for data of these classes (none where it has no classes)."""
         ...
 
 
@@ -62,6 +66,10 @@ class Label:
     def null(self, n: int) -> Conditioning:
         """The null label n times; nothing when there are no classes."""
         return Conditioning(label=torch.full((n,), len(self.classes))) if self.classes else Conditioning()
+
+    def fitted(self, classes: tuple[str, ...]) -> Self:
+        """With the names of the classes."""
+        return replace(self, classes=classes)
 
     def index(self, names: Sequence[str | int]) -> Int[Tensor, "b"]:
         """The indices of classes given by name or number. Raises DitkitError, with the near ones, for others."""

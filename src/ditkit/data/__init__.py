@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from .dataset import Batch, Dataset, Images, Order, Split
+from .dataset import Batch, Dataset, InMemory, Order, Split
 from .digits import Digits
 from .folder import Folder
+from .text import points, strings
 
-__all__ = ["Batch", "Dataset", "Digits", "Folder", "Images", "Order", "Split"]
+__all__ = ["Batch", "Dataset", "Digits", "Folder", "InMemory", "Order", "Split", "points", "strings"]

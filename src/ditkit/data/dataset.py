@@ -1,4 +1,8 @@
-"""What a data set is: images and labels by index, a training and a held-out split, and the order of training."""
+"""What a data set is: samples and labels by index, a training and a held-out split, and the order of training.
+
+A sample is what a person would call one: an image (uint8 [c h w]), a vector (float32 [d]) or a text (the code points of
+its characters, int64 [l], filled up with 0). Codecs turn it into what is diffused.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +11,20 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Shaped, UInt8
 from torch import Tensor
 
 from ..conditioning import Given
 from ..rng import Draw, Rng
 
-__all__ = ["Batch", "Dataset", "Images", "Order", "Split", "augment"]
+__all__ = ["Batch", "Dataset", "InMemory", "Order", "Split", "augment"]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images with values 0 to 255 and their class numbers; no labels for data without classes."""
+    """Samples and their class numbers; no labels for data without classes."""
 
-    images: UInt8[Tensor, "b c h w"]
+    data: Shaped[Tensor, "b *shape"]
     label: Int[Tensor, "b"] | None
 
     @property
@@ -35,7 +39,7 @@ class Split(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, indices: Int[Tensor, "b"], rng: Draw | None = None) -> Batch:
-        """The images of these indices: plain, or augmented for training by `rng`, whose rows belong to the indices."""
+        """The samples of these indices: plain, or augmented for training by `rng`, whose rows belong to the indices."""
         ...
 
 
@@ -50,10 +54,10 @@ def augment(images: UInt8[Tensor, "b c h w"], flip: bool, rng: Draw | None) -> U
 
 
 @dataclass(frozen=True)
-class Images:
-    """A split that is held in memory: the given rows of a store of images, which both splits share."""
+class InMemory:
+    """A split that is held in memory: the given rows of a store of samples, which both splits share."""
 
-    images: UInt8[Tensor, "n c h w"]
+    data: Shaped[Tensor, "n *shape"]
     labels: Int[Tensor, "n"] | None
     rows: Int[Tensor, "k"]
     flip: bool = False
@@ -64,7 +68,7 @@ class Images:
     def batch(self, indices: Int[Tensor, "b"], rng: Draw | None = None) -> Batch:
         rows = self.rows[indices]
         label = None if self.labels is None else self.labels[rows]
-        return Batch(augment(self.images[rows], self.flip, rng), label)
+        return Batch(augment(self.data[rows], self.flip, rng), label)
 
 
 @dataclass(frozen=True)
@@ -73,11 +77,11 @@ class Dataset:
 
     name: str
     classes: tuple[str, ...]  # empty: without classes
-    channels: int
-    resolution: tuple[int, int]  # height, width in pixels
+    shape: tuple[int, ...]  # of one sample: [c h w] of an image, [d] of a vector, [l] of a text
     train: Split
     heldout: Split
     source: str  # one line for the protocol of a measured number: what, how many, which hash
+    symbols: str = ""  # the characters that texts are made of, without the filling
     broken: Sequence[str] = ()  # "file: reason"; a list that grows where files are read as they are needed
 
     @property

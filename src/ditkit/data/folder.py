@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ..config import DitkitError, register
 from ..rng import Draw
-from .dataset import Batch, Dataset, Images, augment
+from .dataset import Batch, Dataset, InMemory, augment
 
 __all__ = ["Folder", "LazyImages", "Unreadable", "centre_crop", "read_image"]
 
@@ -291,15 +291,14 @@ class Folder:
         else:
             images = torch.from_numpy(store)
             labels = torch.tensor([file.label for file in files]) if classes else None
-            train = Images(images, labels, torch.tensor(training), self.flip)
-            heldout = Images(images, labels, torch.tensor(held, dtype=torch.int64))
+            train = InMemory(images, labels, torch.tensor(training), self.flip)
+            heldout = InMemory(images, labels, torch.tensor(held, dtype=torch.int64))
         name = Path(os.path.realpath(os.path.expanduser(self.path))).name
         size = f"{self.resolution} x {self.resolution} x {self.channels}"
         return Dataset(
             name=name,
             classes=classes,
-            channels=self.channels,
-            resolution=(self.resolution, self.resolution),
+            shape=(self.channels, self.resolution, self.resolution),
             train=train,
             heldout=heldout,
             source=f"folder {name}: {len(good)} images, {len(classes)} classes, {len(held)} held out,"

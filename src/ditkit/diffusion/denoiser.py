@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from jaxtyping import Float
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..conditioning import Conditioning
 from ..config import DitkitError, lookup, register, register_name
+from ..rng import Draw
 from .path import DDPM, Linear, Path, Time, as_time
 from .space import check_space, infinite_ends, reading, row, singular_ends
 
@@ -132,6 +133,16 @@ class Meaning:
         if not 0 <= self.t_eps < 0.5:
             raise DitkitError(f"denoiser.t_eps is a small time in [0, 0.5), not {self.t_eps}")
 
+    vocab: ClassVar[int] = 0
+
+    def fitted(self, vocab: int) -> Meaning:
+        """The meaning for tokens of `vocab` kinds, 0 for continuous x. Raises DitkitError for tokens."""
+        if vocab:
+            raise DitkitError(
+                "what is diffused are tokens, and this denoiser is for continuous x: use --denoiser tokens"
+            )
+        return self
+
     def of(self, model: Callable[..., Tensor]) -> Denoiser:
         """The network with this meaning."""
         return Denoiser(model, self.path, self.prediction, self.clock, self.t_eps)
@@ -155,6 +166,10 @@ class Denoiser:
         if out.shape[1] == 2 * x.shape[1]:
             out, extra = out.chunk(2, dim=1)
         return Prediction(out, x, t, self.path, self.prediction, self.t_eps, extra)
+
+    def prior(self, rng: Draw, shape: Sequence[int]) -> Tensor:
+        """x at t = 1, from which sampling starts: one sample of `shape` for each row of `rng`. Draws "prior"."""
+        return rng("prior", "normal", shape) * self.path.prior_std
 
     def start(self, cond: Conditioning, shape: Sequence[int], times: Sequence[float]) -> Denoise:
         """One trajectory: what depends neither on x nor on the step is computed here, once."""

@@ -108,6 +108,8 @@ def evaluate(
             f"{data.name} has {len(data.train)} training and {len(data.heldout)} held-out images; measuring takes at "
             "least 10 of each: raise data.holdout when training, or use more images"
         )
+    if len(data.shape) != 3:
+        raise DitkitError(f"{data.name} holds no images [c h w], and `ditkit evaluate` measures only these")
     count = recipe.evaluate.samples if samples is None else samples
     if count < 10:
         raise DitkitError(f"measuring takes at least 10 samples, not {count}")
@@ -192,7 +194,7 @@ def _spread(images: Tensor, labels: Tensor | None) -> float | None:
 def _images(split: Split, count: int) -> tuple[UInt8[Tensor, "n c h w"], Int[Tensor, "n"] | None]:
     """`count` images spread evenly over a split, with their labels."""
     batch = split.batch(torch.arange(count) * len(split) // count)
-    return batch.images, batch.label
+    return batch.data, batch.label
 
 
 def _untrained(pipeline: Pipeline) -> Pipeline:

@@ -32,14 +32,14 @@ from ..layers import (
     visit,
 )
 from ..rng import Rng
-from .registry import Model, Plan, at_least_one, instantiate, register_models
+from .registry import ImageConfig, Model, Plan, at_least_one, instantiate, register_models
 
 __all__ = ["DiT", "DiTConfig"]
 
 
 @register("model", "dit")
 @dataclass(frozen=True)
-class DiTConfig:
+class DiTConfig(ImageConfig):
     """Everything about a DiT; the defaults are DiT-XL/2 on 256 px (DiT tables 1 and 4)."""
 
     input_size: int | tuple[int, int] = 32

@@ -36,14 +36,14 @@ from ..layers import (
     visit,
 )
 from ..rng import Rng
-from .registry import Model, Plan, at_least_one, instantiate, register_models
+from .registry import ImageConfig, Model, Plan, at_least_one, instantiate, register_models
 
 __all__ = ["JiT", "JiTConfig"]
 
 
 @register("model", "jit")
 @dataclass(frozen=True)
-class JiTConfig:
+class JiTConfig(ImageConfig):
     """Everything about a JiT; the defaults are JiT-B/16 on 256 px (JiT table 9)."""
 
     input_size: int | tuple[int, int] = 256

@@ -6,7 +6,7 @@ import dataclasses
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from ..layers import Edit
 from ..rng import Rng
 
 __all__ = [
+    "ImageConfig",
     "Model",
     "ModelConfig",
     "Plan",
@@ -62,7 +63,69 @@ class Model(nn.Module):
 class ModelConfig(Protocol):
     """A frozen dataclass that says everything about a network and builds it."""
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one x: [c h w] of an image, [d] of a vector, [l] of a text."""
+        ...
+
+    @property
+    def length(self) -> int:
+        """How many tokens the blocks see of such an x: some grids depend on it."""
+        ...
+
+    @property
+    def vocab(self) -> int:
+        """How many kinds of tokens x is made of; 0 where x is continuous."""
+        ...
+
+    def fitted(self, shape: tuple[int, ...], classes: int, vocab: int) -> Self:
+        """The same for such an x (`vocab` as above) and so many classes. Raises DitkitError if it cannot be."""
+        ...
+
     def build(self, seed: int = 0) -> Model: ...
+
+
+class ImageConfig:
+    """What the configurations of models on patches of images share: how they are fitted to an x [c h w]."""
+
+    input_size: int | tuple[int, int]
+    patch_size: int
+    in_channels: int
+    num_classes: int
+
+    @property
+    def vocab(self) -> int:
+        """0: x is continuous."""
+        return 0
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, rows, columns."""
+        size = self.input_size
+        return self.in_channels, *((size, size) if isinstance(size, int) else size)
+
+    @property
+    def length(self) -> int:
+        """The number of patches."""
+        _, height, width = self.shape
+        return (height // self.patch_size) * (width // self.patch_size)
+
+    def fitted(self, shape: tuple[int, ...], classes: int, vocab: int) -> Self:
+        """With this size and so many channels and classes. Raises DitkitError if patches do not tile the image."""
+        if vocab or len(shape) != 3:
+            what = "tokens" if vocab else f"of shape {list(shape)}"
+            raise DitkitError(
+                f"the model is for images [c h w], and what is diffused is {what}: choose another --model"
+            )
+        channels, height, width = shape
+        if height % self.patch_size or width % self.patch_size:
+            raise DitkitError(
+                f"images of {height} x {width} are not tiled by patches of {self.patch_size}: "
+                "change --model.patch-size or --data.resolution"
+            )
+        size = height if height == width else (height, width)
+        changes: dict[str, Any] = {"in_channels": channels, "input_size": size, "num_classes": classes}
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
 
 M = TypeVar("M", bound=Model)

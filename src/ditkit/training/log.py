@@ -16,7 +16,7 @@ from ..config import DitkitError
 
 __all__ = ["WALL_CLOCK", "Log"]
 
-WALL_CLOCK = ("time", "seconds", "images_per_second")
+WALL_CLOCK = ("time", "seconds", "samples_per_second")
 """Fields of a row that depend on the machine; all others are the same in every run of a recipe."""
 
 
@@ -35,7 +35,7 @@ class Log:
         except OSError as error:
             raise DitkitError(f"cannot write {path}: {error.strerror}") from None
         self.bar = tqdm(total=total, initial=first, unit="step", disable=quiet, dynamic_ncols=True, smoothing=0.05)
-        self._since, self._images = time.perf_counter(), 0
+        self._since, self._samples = time.perf_counter(), 0
 
     def __enter__(self) -> Self:
         return self
@@ -61,9 +61,9 @@ class Log:
         """Time spent on the run, over all its parts."""
         return round(self.before + time.perf_counter() - self.begun, 2)
 
-    def step(self, step: int, images: int, terms: dict[str, float], **now: float) -> None:
-        """After step number `step`: `images` seen in it, `terms` to be averaged, and values as they are `now`."""
-        self._images += images
+    def step(self, step: int, samples: int, terms: dict[str, float], **now: float) -> None:
+        """After step number `step`: `samples` seen in it, `terms` to be averaged, and values as they are `now`."""
+        self._samples += samples
         self.count += 1
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
@@ -71,14 +71,14 @@ class Log:
         last = step == self.total
         if step % self.every and not last:
             return
-        speed = self._images / max(time.perf_counter() - self._since, 1e-9)
-        self._since, self._images = time.perf_counter(), 0
+        speed = self._samples / max(time.perf_counter() - self._since, 1e-9)
+        self._since, self._samples = time.perf_counter(), 0
         row = {"step": step, **{name: total / self.count for name, total in self.sums.items()}, **now}
         if step % self.every == 0:  # the short row of a last step is no row for a run that goes on
             self.sums, self.count = {}, 0
-        self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {speed:.0f} images/s")
+        self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {speed:.0f} samples/s")
         try:
-            clock = {"images_per_second": round(speed, 1), "seconds": self.seconds, "time": round(time.time(), 2)}
+            clock = {"samples_per_second": round(speed, 1), "seconds": self.seconds, "time": round(time.time(), 2)}
             self.file.write(json.dumps({**row, **clock}) + "\n")
             self.file.flush()
         except OSError as error:

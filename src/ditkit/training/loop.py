@@ -20,16 +20,15 @@ import torch
 from torch import Tensor
 
 from ..codecs import Codec
-from ..conditioning import Given
 from ..config import DitkitError, differences, to_json
-from ..data import Batch, Dataset, Images, Order
+from ..data import Batch, Dataset, InMemory, Order
 from ..diffusion import Denoiser, Objective
 from ..models import Model
 from ..pipeline import Pipeline
 from ..recipe import Recipe, device_of
 from ..rng import Rng
 from ..runs import Checkpoint, Run, atomic_write
-from ..sheet import png, sheet
+from ..sheet import rendered, suffix
 from .ema import Averages
 from .log import Log
 
@@ -49,10 +48,10 @@ def train(recipe: Recipe, folder: str | Path, *, quiet: bool = False) -> bool:
     data = recipe.data.open()
     if data.skipped:
         shown = "; ".join(data.skipped[:5]) + ("; ..." if len(data.skipped) > 5 else "")
-        print(f"skipped {len(data.skipped)} of the images: {shown}", file=sys.stderr)
+        print(f"skipped {len(data.skipped)} of the samples: {shown}", file=sys.stderr)
     recipe = recipe.fitted(data)
     if len(data.train) == 0:
-        raise DitkitError(f"{data.name} has no training images")
+        raise DitkitError(f"{data.name} has no training samples")
     run = Run(folder)
     checkpoint = None
     if run.exists():
@@ -120,8 +119,9 @@ class Trainer:
         pipeline = self.pipeline()
         pipeline.check()
         pipeline.sample(count=2, steps=2)
-        cond = recipe.conditioner(Given(pipeline.labels(None, 2))).to(self.device)
-        x0 = torch.zeros(2, *pipeline.shape, device=self.device)
+        batch = self.data.train.batch(torch.zeros_like(ids))
+        cond = recipe.conditioner(batch.given).to(self.device)
+        x0 = recipe.codec.encode(batch.data.to(self.device))
         self.model.eval()
         self.objective.loss(self.denoiser, x0, cond, self.rng.at(0, ids.to(self.device)))
         self.model.train()
@@ -158,7 +158,7 @@ class Trainer:
         sums: dict[str, float] = {}
         for positions, batch in parts:
             rng = self.rng.at(self.step, positions.to(self.device))
-            x0 = codec.encode(batch.images.to(self.device), rng)
+            x0 = codec.encode(batch.data.to(self.device), rng)
             cond = recipe.conditioner(batch.given, self.rng.at(self.step, positions)).to(self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
                 loss = self.objective.loss(self.denoiser, x0, cond, rng)
@@ -189,8 +189,7 @@ class Trainer:
             model = recipe.model.build()
         weights = self.averages.tensors(decay) if decay else dict(self.model.state_dict())
         model.load_state_dict(weights, assign=True)
-        shape = recipe.codec.shape(self.data.channels, *self.data.resolution)
-        return Pipeline(recipe, model, shape, f"step {self.step}")
+        return Pipeline(recipe, model, recipe.model.shape, f"step {self.step}")
 
     def save(self, run: Run) -> Path:
         """Write a checkpoint of this step. Raises DitkitError if that fails; older ones stay."""
@@ -238,7 +237,7 @@ def _steps(trainer: Trainer, run: Run, saved: Checkpoint | None, quiet: bool) ->
             parts = trainer.read(trainer.step) if ahead is None else ahead.result()
             # only what is slow to read is read ahead: tensor operations in a second thread have a second team of OpenMP
             # threads, whose waiting takes the cores from the first
-            if trainer.step + 1 < settings.steps and not isinstance(trainer.data.train, Images):
+            if trainer.step + 1 < settings.steps and not isinstance(trainer.data.train, InMemory):
                 ahead = reader.submit(trainer.read, trainer.step + 1)
             try:
                 terms, norm, rate = trainer.advance(parts)
@@ -268,8 +267,9 @@ def _sheet(trainer: Trainer, run: Run) -> None:
     pipeline = trainer.pipeline()
     classes = len(pipeline.classes)
     columns = min(classes, 10) or 8
-    images = pipeline.sample(None if classes <= 10 else list(range(10)) * 8, columns * 8)
-    atomic_write(run.folder / "samples" / f"step-{trainer.step:08d}.png", png(sheet(images, columns)))
+    samples = pipeline.sample(None if classes <= 10 else list(range(10)) * 8, columns * 8)
+    kind = suffix(samples)
+    atomic_write(run.folder / "samples" / f"step-{trainer.step:08d}{kind}", rendered(samples, kind, columns))
 
 
 def _same_run(run: Run, recipe: Recipe) -> None:
