@@ -24,7 +24,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    from ..evaluation import MEANING, bounds, curve, evaluate, number, write_report
+    from ..evaluation import MEANING, bounds, curve, evaluate, write_report
+    from ..report import number
     from ..runs import Run
 
     folder = Run(args.run)

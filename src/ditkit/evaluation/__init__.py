@@ -5,7 +5,7 @@ from .distances import Estimate, frechet_distance, kernel_distance
 from .efficientnet import Features
 from .measure import MEANING, Measurement, evaluate
 from .memorization import FMem, f_mem, memorized, within_class_distance
-from .report import bounds, curve, number, write_report
+from .report import bounds, curve, write_report
 
 __all__ = [
     "MEANING",
@@ -21,7 +21,6 @@ __all__ = [
     "frechet_distance",
     "kernel_distance",
     "memorized",
-    "number",
     "train_classifier",
     "within_class_distance",
     "write_report",

@@ -6,8 +6,6 @@ distance to the training set.
 
 from __future__ import annotations
 
-import platform
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from ..config import DitkitError, near, to_json
 from ..data import Split
 from ..pipeline import Pipeline, load
 from ..recipe import Gate
+from ..report import provenance
 from ..runs import find_checkpoint
 from .classifier import train_classifier
 from .distances import frechet_distance, kernel_distance
@@ -166,8 +165,7 @@ def evaluate(
     numbers["seconds_training"] = float(find_checkpoint(path).log["seconds"])
     numbers["seconds_evaluation"] = time.perf_counter() - begun
     numbers["seconds"] = numbers["seconds_training"] + numbers["seconds_evaluation"]
-    protocol["versions"] = {"torch": torch.__version__, "python": platform.python_version(), "commit": _commit()}
-    protocol["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    protocol |= provenance()
     for gate in recipe.evaluate.gates:
         if numbers.get(gate.metric) is None:
             raise DitkitError(f"the recipe bounds {gate.metric}, which this data does not give")
@@ -202,17 +200,3 @@ def _untrained(pipeline: Pipeline) -> Pipeline:
     with torch.device(pipeline.device):
         model = pipeline.recipe.model.build(pipeline.recipe.seed)
     return Pipeline(pipeline.recipe, model, pipeline.shape, "untrained")
-
-
-def _commit() -> str | None:
-    """The commit of the source that is running, with "+" if it was changed; None outside a checkout."""
-    here = Path(__file__).parent
-    tracked = ["ls-files", "--error-unmatch", Path(__file__).name]  # or it is somebody else's repository
-    try:
-        commit, status, _ = (
-            subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=True, timeout=10).stdout
-            for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--", here.parent], tracked)
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return commit.strip() + ("+" if status.strip() else "")
