@@ -22,10 +22,11 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     found = list_models(args.pattern)
     if not found:
         raise DitkitError(f"no model matches {args.pattern!r}: `ditkit models` lists all")
+    width = max(12, *map(len, found))
     with torch.device("meta"):
         for name in found:
             model = create_model(name)
             size, channels = model.config.input_size, model.config.in_channels
             count = sum(p.numel() for p in model.parameters()) / 1e6
-            print(f"{name:<12} {count:>8.1f}M parameters, input {channels} x {size} x {size}")
+            print(f"{name:<{width}} {count:>8.1f}M parameters, input {channels} x {size} x {size}")
     return 0

@@ -1,7 +1,7 @@
 """The small set of layers that every family is built from; no model is named here."""
 
-from .attention import Attention, attend
-from .blocks import AdaLNZeroBlock, Edit, FinalLayer, visit
+from .attention import Attention, CrossAttention, attend
+from .blocks import AdaLNBlock, AdaLNZeroBlock, CrossBlock, Edit, FinalLayer, PlainBlock, visit
 from .embeddings import LabelEmbedder, TimestepEmbedder, sincos_2d, sinusoid
 from .init import init_adaln_zero
 from .mlp import Mlp, SwiGLU
@@ -11,14 +11,18 @@ from .patches import BottleneckPatchEmbed, PatchEmbed, patch_grid, unpatchify
 from .rope import axial_angles, rope_table, rotate
 
 __all__ = [
+    "AdaLNBlock",
     "AdaLNZeroBlock",
     "Attention",
     "BottleneckPatchEmbed",
+    "CrossAttention",
+    "CrossBlock",
     "Edit",
     "FinalLayer",
     "LabelEmbedder",
     "Mlp",
     "PatchEmbed",
+    "PlainBlock",
     "RMSNorm",
     "SwiGLU",
     "TimestepEmbedder",

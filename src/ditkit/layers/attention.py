@@ -1,4 +1,4 @@
-"""Attention: one function, and the self-attention module of plain vision transformers."""
+"""Attention: one function, the self-attention module of plain vision transformers, and attention to given tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .norms import RMSNorm
 from .rope import rotate
 
-__all__ = ["Attention", "attend"]
+__all__ = ["Attention", "CrossAttention", "attend"]
 
 
 def attend(
@@ -56,3 +56,22 @@ class Attention(nn.Module):
         if identity is not None:
             out = torch.where(identity[:, None, None, None], v, out)
         return self.proj_drop(self.proj(out.transpose(1, 2).reshape(b, n, d)))
+
+
+class CrossAttention(nn.Module):
+    """Attention of x to given tokens of the same width: q from x, fused k and v from what is given."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"hidden_size {dim} is not divisible by num_heads {heads}")
+        self.heads = heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Float[Tensor, "b n d"], given: Float[Tensor, "b m d"]) -> Float[Tensor, "b n d"]:
+        b, n, d = x.shape
+        q = self.q(x).view(b, n, self.heads, d // self.heads).transpose(1, 2)
+        k, v = self.kv(given).view(b, given.shape[1], 2, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        return self.proj(attend(q, k, v).transpose(1, 2).reshape(b, n, d))

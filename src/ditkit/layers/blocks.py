@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .modulation import adaln, modulate
 
-__all__ = ["AdaLNZeroBlock", "Edit", "FinalLayer", "visit"]
+__all__ = ["AdaLNBlock", "AdaLNZeroBlock", "CrossBlock", "Edit", "FinalLayer", "PlainBlock", "visit"]
 
 
 class Edit(Protocol):
@@ -29,6 +29,60 @@ class Edit(Protocol):
 def visit(edit: Edit | None, site: str, block: nn.Module, x: Any, *args: Any) -> Any:
     """Run a block through the edit, if there is one."""
     return block(x, *args) if edit is None else edit(site, block, x, *args)
+
+
+class PlainBlock(nn.Module):
+    """The pre-norm block of a plain vision transformer (Dosovitskiy et al. 2021): nothing but tokens goes in."""
+
+    def __init__(self, norm1: nn.Module, attn: nn.Module, norm2: nn.Module, mlp: nn.Module):
+        super().__init__()
+        self.norm1, self.attn, self.norm2, self.mlp = norm1, attn, norm2, mlp
+
+    def forward(
+        self, x: Float[Tensor, "b n d"], *, identity: Bool[Tensor, "b"] | None = None
+    ) -> Float[Tensor, "b n d"]:
+        x = x + self.attn(self.norm1(x), identity=identity)
+        return x + self.mlp(self.norm2(x))
+
+
+class CrossBlock(nn.Module):
+    """A plain block with a cross-attention to given tokens between its two halves (DiT figure 3)."""
+
+    def __init__(
+        self,
+        norm1: nn.Module,
+        attn: nn.Module,
+        norm_cross: nn.Module,
+        cross: nn.Module,
+        norm2: nn.Module,
+        mlp: nn.Module,
+    ):
+        super().__init__()
+        self.norm1, self.attn, self.norm_cross, self.cross = norm1, attn, norm_cross, cross
+        self.norm2, self.mlp = norm2, mlp
+
+    def forward(
+        self, x: Float[Tensor, "b n d"], given: Float[Tensor, "b m d"], *, identity: Bool[Tensor, "b"] | None = None
+    ) -> Float[Tensor, "b n d"]:
+        x = x + self.attn(self.norm1(x), identity=identity)
+        x = x + self.cross(self.norm_cross(x), given)
+        return x + self.mlp(self.norm2(x))
+
+
+class AdaLNBlock(nn.Module):
+    """Attention and MLP, each modulated by the conditioning and not gated (DiT section 3.2, adaLN)."""
+
+    def __init__(self, dim: int, norm1: nn.Module, attn: nn.Module, norm2: nn.Module, mlp: nn.Module):
+        super().__init__()
+        self.norm1, self.attn, self.norm2, self.mlp = norm1, attn, norm2, mlp
+        self.adaLN_modulation = adaln(dim, 4)
+
+    def forward(
+        self, x: Float[Tensor, "b n d"], c: Float[Tensor, "b d"], *, identity: Bool[Tensor, "b"] | None = None
+    ) -> Float[Tensor, "b n d"]:
+        shift1, scale1, shift2, scale2 = self.adaLN_modulation(c).chunk(4, dim=-1)
+        x = x + self.attn(modulate(self.norm1(x), shift1, scale1), identity=identity)
+        return x + self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
 class AdaLNZeroBlock(nn.Module):
@@ -53,14 +107,17 @@ class AdaLNZeroBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Modulated norm and a Linear to the features of a patch."""
+    """A norm, modulated unless it is not `adaptive`, and a Linear to the features of a patch."""
 
-    def __init__(self, dim: int, features: int, norm: nn.Module):
+    def __init__(self, dim: int, features: int, norm: nn.Module, adaptive: bool = True):
         super().__init__()
         self.norm_final = norm
         self.linear = nn.Linear(dim, features)
-        self.adaLN_modulation = adaln(dim, 2)
+        self.adaLN_modulation = adaln(dim, 2) if adaptive else None
 
     def forward(self, x: Float[Tensor, "b n d"], c: Float[Tensor, "b d"]) -> Float[Tensor, "b n f"]:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        x = self.norm_final(x)
+        if self.adaLN_modulation is not None:
+            shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
+            x = modulate(x, shift, scale)
+        return self.linear(x)

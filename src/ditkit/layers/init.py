@@ -17,7 +17,8 @@ def init_adaln_zero(model: nn.Module, generator: Callable[[str], Generator]) -> 
     """The initial weights of DiT, which its successors kept.
 
     Xavier uniform for every Linear and for patch convolutions seen as Linears, biases 0, norms 1; N(0, .02) for label
-    tables and time MLPs; 0 for every modulation and for the output, so that each block starts as the identity.
+    tables and time MLPs; 0 for the modulations of gated blocks and of the output, and for the output itself, so that
+    each gated block starts as the identity. The modulations of blocks without gates are Linears as all others.
     `generator` gives a private generator for a name.
     """
     for name, module in model.named_modules():
@@ -25,14 +26,16 @@ def init_adaln_zero(model: nn.Module, generator: Callable[[str], Generator]) -> 
             nn.init.xavier_uniform_(module.weight.data.flatten(1), generator=generator(name))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, RMSNorm):
+        elif isinstance(module, RMSNorm | nn.LayerNorm) and module.weight is not None:
             nn.init.ones_(module.weight)
+            if isinstance(module, nn.LayerNorm):
+                nn.init.zeros_(module.bias)
     for name, module in model.named_modules():
         if isinstance(module, TimestepEmbedder | LabelEmbedder):
             for key, weight in module.named_parameters():
                 if key.endswith("weight"):
                     nn.init.normal_(weight, std=0.02, generator=generator(f"{name}.{key}"))
-        if isinstance(module, AdaLNZeroBlock | FinalLayer):
+        if isinstance(module, AdaLNZeroBlock | FinalLayer) and module.adaLN_modulation is not None:
             nn.init.zeros_(module.adaLN_modulation[1].weight)  # type: ignore[arg-type]
         if isinstance(module, FinalLayer):
             nn.init.zeros_(module.linear.weight)

@@ -26,6 +26,6 @@ class RMSNorm(nn.Module):
         return (y * self.weight).to(x.dtype)
 
 
-def layer_norm(dim: int, eps: float = 1e-6) -> nn.LayerNorm:
-    """LayerNorm without weights: the norm that adaLN modulates (DiT)."""
-    return nn.LayerNorm(dim, eps=eps, elementwise_affine=False)
+def layer_norm(dim: int, eps: float = 1e-6, affine: bool = False) -> nn.LayerNorm:
+    """LayerNorm: without weights where adaLN modulates it (DiT), with them in a plain transformer."""
+    return nn.LayerNorm(dim, eps=eps, elementwise_affine=affine)
