@@ -82,7 +82,7 @@ def start(n: int = 24, d: int = 2, scale: float = 1.0) -> Tensor:
 
 
 def grid(name: str, n: int, path: Any) -> tuple[float, ...]:
-    return lookup("grid", name)(n, path, 0)
+    return lookup("grid", name)()(n, path, 0)
 
 
 def run(solver: Solver, exact: Exact, times: Sequence[float], x: Tensor) -> Tensor:

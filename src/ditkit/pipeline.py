@@ -13,7 +13,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from .conditioning import Given
-from .config import DitkitError, lookup, near
+from .config import DitkitError, near, registered_as
 from .diffusion import CFG, check_grid, guide, integrate
 from .models import Model
 from .recipe import Recipe, Sample, device_of
@@ -89,8 +89,6 @@ class Pipeline:
                 raise DitkitError(f"sampling has no setting {name!r}: {near(name, known)}")
         if "ema" in changes:
             raise DitkitError("the weights are chosen when a pipeline is loaded: ditkit.load(run, ema=...)")
-        if isinstance(changes.get("solver"), str):
-            changes["solver"] = lookup("solver", changes["solver"])()
         if "interval" in changes:
             changes["interval"] = tuple(changes["interval"])
         chosen = dataclasses.replace(self.recipe.sample, **changes)
@@ -101,8 +99,8 @@ class Pipeline:
     def check(self, **settings: Any) -> tuple[Sample, tuple[float, ...]]:
         """Settings and times of a sampling. Raises DitkitError for settings that cannot work with this model."""
         chosen = self.settings(**settings)
-        times = lookup("grid", chosen.grid)(chosen.steps, self.denoiser.path, self.recipe.model.length)
-        check_grid(self.denoiser, chosen.solver, times)
+        times = chosen.grid(chosen.steps, self.denoiser.path, self.recipe.model.length)
+        check_grid(self.denoiser, chosen.solver, times, f"the grid {registered_as(chosen.grid)[1]!r}")
         return chosen, times
 
     def labels(self, label: Any, count: int) -> Tensor | None:

@@ -15,6 +15,7 @@ from .conditioning import Conditioning
 from .config import DitkitError, from_json, lookup, register, registered_as, to_json
 from .data import Dataset, Digits
 from .diffusion import CFG, Heun, LogitNormal, Meaning, Regression
+from .diffusion.grid import Uniform as UniformGrid
 
 __all__ = ["Evaluate", "Gate", "Recipe", "Sample", "Train", "device_of"]
 
@@ -75,12 +76,13 @@ class Train:
 @register("settings", "sample")
 @dataclass(frozen=True)
 class Sample:
-    """How samples are drawn, unless said otherwise when they are."""
+    """How samples are drawn, unless said otherwise when they are. A solver or grid may be given by its name alone."""
 
     steps: int = 50
     solver: Any = Heun()
-    """euler, heun, ddim, ddpm"""
-    grid: str = "uniform"
+    """How a step is taken."""
+    grid: Any = UniformGrid()
+    """The times that are visited."""
     guidance: float = 1.0
     """Scale of classifier-free guidance; 1 = none."""
     interval: tuple[float, float] = (0.0, 1.0)
@@ -92,7 +94,11 @@ class Sample:
     batch: int = 64
 
     def __post_init__(self) -> None:
-        lookup("grid", self.grid)
+        for name in ("solver", "grid"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, lookup(name, getattr(self, name))())
+            if registered_as(getattr(self, name))[0] != name:
+                raise DitkitError(f"sample.{name} cannot be a {registered_as(getattr(self, name))[0]}")
         if not isinstance(self.steps, int) or self.steps < 1:
             raise DitkitError(f"sampling takes at least 1 step, not {self.steps}")
         if self.batch < 1:

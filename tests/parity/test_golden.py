@@ -120,7 +120,7 @@ class Started:
     def start(self, cond: Conditioning, shape: Sequence[int], times: Sequence[float]) -> Denoise:
         return self.denoise
 
-    def check(self, visited: Iterable[float], needs: Iterable[str]) -> None:
+    def check(self, visited: Iterable[float], needs: Iterable[str], visitor: str = "") -> None:
         """Nothing to refuse: eps is read on a table whose alpha is never 0."""
 
 
@@ -154,7 +154,7 @@ def check_dit(golden: Golden) -> None:
 
     # both samplers on the respaced table
     steps = int(golden.meta["steps"])
-    times = lookup("grid", "ddpm")(steps, path, 0)
+    times = lookup("grid", "ddpm")()(steps, path, 0)
     assert path.index(torch.tensor(times[:-1])).flip(0).tolist() == golden["ddpm/timestep_map"].tolist()
     label, z = golden["ddpm/y"], golden["ddpm/z"]
     half = len(label) // 2
@@ -192,7 +192,7 @@ def check_jit(golden: Golden) -> None:
     interval = (1 - process["hi"], 1 - process["lo"])
     guided = guide(denoiser, CFG(process["cfg"], null, interval=interval))
     x = golden["sample/noise_unscaled"] * path.prior_std
-    times = lookup("grid", "uniform")(process["steps"], path, 0)
+    times = lookup("grid", "uniform")()(process["steps"], path, 0)
     with torch.no_grad():
         for key, solver in {"sample/heun": Heun(), "sample/euler": Euler()}.items():
             out = integrate(guided, solver, times, x, Conditioning(label=label), Replay({}))

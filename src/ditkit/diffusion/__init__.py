@@ -3,8 +3,24 @@
 from .denoiser import Denoise, Denoiser, Meaning, Prediction
 from .grid import Grid
 from .guidance import CFG, Guide, Guided, guide
-from .objective import Discrete, LogitNormal, Loss, MinSNR, Objective, Regression, TimeSampler, Uniform
-from .path import DDPM, Linear, Path, Time, log_snr
+from .objective import (
+    P2,
+    Cosmap,
+    Discrete,
+    Likelihood,
+    LogitNormal,
+    LogNormal,
+    LogVariance,
+    Loss,
+    MinSNR,
+    Mode,
+    Objective,
+    Regression,
+    TimeSampler,
+    Uniform,
+    Weighting,
+)
+from .path import DDPM, GVP, VE, VP, Linear, Path, Time, log_snr
 from .posterior import Posterior, posterior
 from .solvers import DDIM, Ancestral, Euler, Heun, Solver, check_grid, integrate
 from .space import SPACES, det, reading, row, singular_ends
@@ -13,8 +29,13 @@ __all__ = [
     "CFG",
     "DDIM",
     "DDPM",
+    "GVP",
+    "P2",
     "SPACES",
+    "VE",
+    "VP",
     "Ancestral",
+    "Cosmap",
     "Denoise",
     "Denoiser",
     "Discrete",
@@ -23,11 +44,15 @@ __all__ = [
     "Guide",
     "Guided",
     "Heun",
+    "Likelihood",
     "Linear",
+    "LogNormal",
+    "LogVariance",
     "LogitNormal",
     "Loss",
     "Meaning",
     "MinSNR",
+    "Mode",
     "Objective",
     "Path",
     "Posterior",
@@ -37,6 +62,7 @@ __all__ = [
     "Time",
     "TimeSampler",
     "Uniform",
+    "Weighting",
     "check_grid",
     "det",
     "guide",

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..conditioning import Conditioning
 from ..config import DitkitError, lookup, register, register_name
 from ..rng import Draw
-from .path import DDPM, Linear, Path, Time, as_time
-from .space import check_space, infinite_ends, reading, row, singular_ends
+from .path import DDPM, Linear, Path, Time, as_time, log_snr
+from .space import check_space, infinite_ends, input_std, reading, row, singular_ends
 
 __all__ = ["Denoise", "Denoiser", "Meaning", "Prediction", "Startable"]
 
@@ -37,7 +37,15 @@ def _index(path: Path, t: Tensor) -> Tensor:
     return path.index(t).double()
 
 
-for _name, _clock in {"t": _t, "1-t": _one_minus_t, "1000t": _thousand_t, "index": _index}.items():
+def _log_sigma(path: Path, t: Tensor) -> Tensor:
+    value = -log_snr(path, t) / 8
+    if not bool(value.isfinite().all()):
+        raise DitkitError(f"the clock 'log_sigma/4' is infinite at t = {t.tolist()}: keep grid and times off that end")
+    return value
+
+
+_CLOCKS = {"t": _t, "1-t": _one_minus_t, "1000t": _thousand_t, "index": _index, "log_sigma/4": _log_sigma}
+for _name, _clock in _CLOCKS.items():
     register_name("clock", _name, _clock)
 
 
@@ -110,7 +118,7 @@ class Startable(Protocol):
 
     def start(self, cond: Conditioning, shape: Sequence[int], times: Sequence[float]) -> Denoise: ...
 
-    def check(self, visited: Iterable[float], needs: Iterable[str]) -> None: ...
+    def check(self, visited: Iterable[float], needs: Iterable[str], visitor: str = "this grid") -> None: ...
 
 
 @register("denoiser", "denoiser")
@@ -118,14 +126,17 @@ class Startable(Protocol):
 class Meaning:
     """The meaning of a network's output, as saved with its weights.
 
-    path; prediction: the space of the output; clock: how the network reads time ("t", "1-t", "1000t", or "index" on a
-    DDPM path); t_eps: how near a singular end of time a reading may come (JiT's clamp; 0 = such ends are refused).
+    path; prediction: the space of the output; clock: how the network reads time ("t", "1-t", "1000t", "index" on a
+    DDPM path, or EDM's "log_sigma/4" with sigma of the noise over the signal); t_eps: how near a singular end of time a
+    reading may come (JiT's clamp; 0 = such ends are refused); scale_input: the network sees x over its standard
+    deviation, as in EDM.
     """
 
     path: Any = Linear()
     prediction: str = "velocity"
     clock: str = "t"
     t_eps: float = 0.0
+    scale_input: bool = False
 
     def __post_init__(self) -> None:
         check_space(self.prediction)
@@ -145,15 +156,24 @@ class Meaning:
 
     def of(self, model: Callable[..., Tensor]) -> Denoiser:
         """The network with this meaning."""
-        return Denoiser(model, self.path, self.prediction, self.clock, self.t_eps)
+        return Denoiser(model, self.path, self.prediction, self.clock, self.t_eps, self.scale_input)
 
 
 class Denoiser:
     """`denoiser(x, t, cond) -> Prediction`: a network called in ditkit's time, its output labelled with its meaning."""
 
-    def __init__(self, model: Callable[..., Tensor], path: Path, prediction: str, clock: str, t_eps: float = 0.0):
+    def __init__(
+        self,
+        model: Callable[..., Tensor],
+        path: Path,
+        prediction: str,
+        clock: str,
+        t_eps: float = 0.0,
+        scale_input: bool = False,
+    ):
         check_space(prediction)
         self.model, self.path, self.prediction, self.t_eps = model, path, prediction, t_eps
+        self.scale_input = scale_input
         self.clock: Callable[[Path, Tensor], Tensor] = lookup("clock", clock)
 
     def __call__(self, x: Tensor, t: Time, cond: Conditioning, *, edit: Any = None) -> Prediction:
@@ -161,7 +181,8 @@ class Denoiser:
         t = as_time(t)
         clock = self.clock(self.path, t).to(x.device, torch.float32).expand(x.shape[0])
         weight = next(self.model.parameters(), x) if isinstance(self.model, nn.Module) else x
-        out = self.model(x.to(weight.dtype), clock, cond, edit=edit).to(x.dtype)
+        seen = x / over(input_std(self.path, t), x) if self.scale_input else x
+        out = self.model(seen.to(weight.dtype), clock, cond, edit=edit).to(x.dtype)
         extra = None
         if out.shape[1] == 2 * x.shape[1]:
             out, extra = out.chunk(2, dim=1)
@@ -177,14 +198,18 @@ class Denoiser:
         ready = cond if prepare is None else prepare(cond, shape, times)
         return lambda x, t: self(x, t, ready)
 
-    def check(self, visited: Iterable[float], needs: Iterable[str]) -> None:
-        """Raises DitkitError if reading the output in a needed space at a visited time is singular."""
+    def check(self, visited: Iterable[float], needs: Iterable[str], visitor: str = "this grid") -> None:
+        """Raises DitkitError if reading the output in a needed space at a visited time is singular.
+
+        visitor: who goes there, for the message ("the grid 'uniform'").
+        """
         needs = tuple(needs)
         if self.t_eps > 0 or all(space == self.prediction for space in needs):
             return
-        ends = {*singular_ends(self.prediction, self.path)}.union(*(infinite_ends(s, self.path) for s in needs))
-        for end in ends & set(visited):
-            raise DitkitError(
-                f"{self.prediction} prediction cannot be read at t = {end:g}, which this grid or time sampler visits: "
-                "set denoiser.t_eps above 0, or choose another solver, grid or time sampler"
-            )
+        visited = set(visited)
+        for space in needs:
+            for end in sorted({*singular_ends(self.prediction, self.path), *infinite_ends(space, self.path)} & visited):
+                raise DitkitError(
+                    f"{self.prediction} prediction cannot be read as {space} at t = {end:g}, which {visitor} visits: "
+                    "set denoiser.t_eps above 0, or choose another solver, grid or time sampler"
+                )

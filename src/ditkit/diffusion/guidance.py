@@ -83,8 +83,8 @@ class Guided:
     def __init__(self, denoiser: Denoiser, guides: Sequence[Guide]):
         self.denoiser, self.guides = denoiser, tuple(guides)
 
-    def check(self, visited: Iterable[float], needs: Iterable[str]) -> None:
-        self.denoiser.check(visited, needs)
+    def check(self, visited: Iterable[float], needs: Iterable[str], visitor: str = "this grid") -> None:
+        self.denoiser.check(visited, needs, visitor)
 
     def start(self, cond: Conditioning, shape: Sequence[int], times: Sequence[float]) -> Denoise:
         """The strong rows come first in the batch, then those of each guide; all are prepared together.

@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..config import DitkitError, register
+from ..config import DitkitError, near, register
 
-__all__ = ["DDPM", "Linear", "Path", "Time", "as_time", "log_snr"]
+__all__ = ["DDPM", "GVP", "VE", "VP", "Linear", "Path", "Time", "as_time", "log_snr"]
 
 Time = float | Tensor
 
@@ -42,7 +42,7 @@ class Path(Protocol):
         ...
 
     def time(self, log_snr: Time, /) -> Tensor:
-        """The t at which log(alpha^2 / sigma^2) has the given value."""
+        """The t at which log(alpha^2 / sigma^2) has the given value; the nearest end where no t has it."""
         ...
 
     @property
@@ -77,24 +77,157 @@ class Linear:
         return self.noise_scale
 
 
+def _noise_to_signal(log_snr: Time) -> Tensor:
+    """sigma / alpha of a log-SNR."""
+    return torch.exp(-torch.as_tensor(log_snr, dtype=torch.float64) / 2)
+
+
+@register("path", "gvp")
+@dataclass(frozen=True)
+class GVP:
+    """alpha = cos(pi t / 2), sigma = sin(pi t / 2): the generalised variance-preserving path of SiT (section 2.3)."""
+
+    def __call__(self, t: Time) -> tuple[Tensor, Tensor]:
+        angle = as_time(t) * (math.pi / 2)
+        return angle.cos(), angle.sin()
+
+    def rate(self, t: Time) -> tuple[Tensor, Tensor]:
+        alpha, sigma = self(t)
+        return -math.pi / 2 * sigma, math.pi / 2 * alpha
+
+    def time(self, log_snr: Time) -> Tensor:
+        return torch.atan(_noise_to_signal(log_snr)) * (2 / math.pi)
+
+    @property
+    def prior_std(self) -> float:
+        return 1.0
+
+
+@register("path", "vp")
+@dataclass(frozen=True)
+class VP:
+    """The variance-preserving diffusion of Song et al. 2021 (equation 33), with a linear beta in continuous time.
+
+    log alpha = -t^2 (beta_max - beta_min) / 4 - t beta_min / 2, sigma = sqrt(1 - alpha^2). alpha(1) is small, not 0.
+    d sigma / dt is infinite at t = 0.
+    """
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta_min < self.beta_max:
+            raise DitkitError(
+                f"a VP path needs 0 < beta_min < beta_max, not beta_min {self.beta_min}, beta_max {self.beta_max}"
+            )
+
+    def _log_alpha(self, t: Tensor) -> Tensor:
+        return -t.square() * (self.beta_max - self.beta_min) / 4 - t * self.beta_min / 2
+
+    def __call__(self, t: Time) -> tuple[Tensor, Tensor]:
+        log_alpha = self._log_alpha(as_time(t))
+        return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
+
+    def rate(self, t: Time) -> tuple[Tensor, Tensor]:
+        t = as_time(t)
+        alpha, sigma = self(t)
+        d_log_alpha = -(t * (self.beta_max - self.beta_min) + self.beta_min) / 2
+        return alpha * d_log_alpha, -alpha.square() * d_log_alpha / sigma
+
+    def time(self, log_snr: Time) -> Tensor:
+        log_alpha = torch.nn.functional.logsigmoid(torch.as_tensor(log_snr, dtype=torch.float64)) / 2
+        # the positive root of the quadratic in t, in the form that does not cancel near t = 0
+        half = self.beta_min / 2
+        root = (half**2 - (self.beta_max - self.beta_min) * log_alpha).sqrt()
+        return (-2 * log_alpha / (half + root)).clamp(max=1)
+
+    @property
+    def prior_std(self) -> float:
+        return 1.0
+
+
+@register("path", "ve")
+@dataclass(frozen=True)
+class VE:
+    """alpha = 1, sigma = sigma_max t: the variance-exploding path of EDM (Karras et al. 2022), its sigma over 80.
+
+    The signal is never gone: at t = 1, x has a standard deviation of sigma_max up to that of the data.
+    """
+
+    sigma_max: float = 80.0
+
+    def __post_init__(self) -> None:
+        if not self.sigma_max > 0:
+            raise DitkitError(f"path.sigma_max is a positive noise level, not {self.sigma_max}")
+
+    def __call__(self, t: Time) -> tuple[Tensor, Tensor]:
+        t = as_time(t)
+        return torch.ones_like(t), self.sigma_max * t
+
+    def rate(self, t: Time) -> tuple[Tensor, Tensor]:
+        ones = torch.ones_like(as_time(t))
+        return 0 * ones, self.sigma_max * ones
+
+    def time(self, log_snr: Time) -> Tensor:
+        return (_noise_to_signal(log_snr) / self.sigma_max).clamp(max=1)
+
+    @property
+    def prior_std(self) -> float:
+        return self.sigma_max
+
+
+SCHEDULES = ("linear", "scaled_linear", "cosine")
+
+
 @functools.lru_cache(maxsize=16)
-def _linear_betas(steps: int, first: float, last: float) -> Tensor:
-    """alpha^2 after 0..steps steps, entry 0 = 1 (the data)."""
-    betas = torch.linspace(first, last, steps, dtype=torch.float64, device="cpu")
-    return torch.cat((betas.new_ones(1), torch.cumprod(1 - betas, dim=0)))
+def _table(steps: int, schedule: str, first: float, last: float, zero_snr: bool) -> Float[Tensor, "steps+1"]:
+    """alpha^2 (the running product of 1 - beta) after 0..steps steps, entry 0 = 1 (the data)."""
+    if schedule == "cosine":
+        share = torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps
+        level = torch.cos((share + 0.008) / 1.008 * math.pi / 2).square()
+        betas = (1 - level[1:] / level[:-1]).clamp(max=0.999)
+    else:
+        power = 2 if schedule == "scaled_linear" else 1
+        betas = torch.linspace(first ** (1 / power), last ** (1 / power), steps, dtype=torch.float64, device="cpu")
+        betas = betas**power
+    alpha2 = torch.cumprod(1 - betas, dim=0)
+    if zero_snr:
+        # Lin et al. 2024 algorithm 1: shift sqrt(alpha^2) so that the last is 0, scale so that the first stays
+        root = alpha2.sqrt()
+        alpha2 = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()
+    return torch.cat((betas.new_ones(1), alpha2))
 
 
 @register("path", "ddpm")
 @dataclass(frozen=True)
 class DDPM:
-    """The table of Ho et al. 2020: variance preserving, betas linear from beta_first to beta_last.
+    """A variance-preserving table of betas (Ho et al. 2020). Only the times i / steps exist; there are no rates.
 
-    Only the times i / steps exist; the authors' index 0..steps-1 is i - 1. The table has no rates.
+    The authors' index 0..steps-1 is i - 1. schedule: "linear" from beta_first to beta_last (DDPM, DiT),
+    "scaled_linear" (linear in sqrt(beta): Stable Diffusion, with 0.00085 and 0.012), "cosine" (Nichol & Dhariwal 2021
+    equation 17, without the two betas). zero_snr: rescaled so that nothing of the data is left at t = 1 (Lin et al.
+    2024, arXiv 2305.08891); predict v then, and sample on a grid that begins at t = 1, such as "trailing".
     """
 
     steps: int = 1000
     beta_first: float = 1e-4
     beta_last: float = 2e-2
+    schedule: str = "linear"
+    zero_snr: bool = False
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise DitkitError(f"unknown schedule {self.schedule!r} of path.schedule: {near(self.schedule, SCHEDULES)}")
+        if self.steps < 2 or not 0 < self.beta_first < self.beta_last < 1:
+            raise DitkitError(
+                f"a DDPM path needs at least 2 steps and 0 < beta_first < beta_last < 1, not {self.steps} steps, "
+                f"{self.beta_first} and {self.beta_last}"
+            )
+
+    @property
+    def table(self) -> Float[Tensor, "steps+1"]:
+        """alpha^2 at the times 0, 1/steps .. 1."""
+        return _table(self.steps, self.schedule, self.beta_first, self.beta_last, self.zero_snr)
 
     def index(self, t: Time) -> Tensor:
         """The authors' index of a time, -1 for the data. Raises DitkitError between the entries of the table."""
@@ -108,7 +241,7 @@ class DDPM:
         return index.long() - 1
 
     def __call__(self, t: Time) -> tuple[Tensor, Tensor]:
-        alpha2 = _linear_betas(self.steps, self.beta_first, self.beta_last)[self.index(t) + 1]
+        alpha2 = self.table[self.index(t) + 1]
         return alpha2.sqrt(), (1 - alpha2).sqrt()
 
     def rate(self, t: Time) -> tuple[Tensor, Tensor]:
@@ -116,7 +249,7 @@ class DDPM:
 
     def time(self, log_snr: Time) -> Tensor:
         """The entry of the table whose log-SNR is nearest."""
-        alpha2 = _linear_betas(self.steps, self.beta_first, self.beta_last)[1:]
+        alpha2 = self.table[1:]
         table = torch.log(alpha2) - torch.log1p(-alpha2)
         wanted = torch.as_tensor(log_snr, dtype=torch.float64).clamp(table[-1], table[0])
         return ((table - wanted[..., None]).abs().argmin(-1).double() + 1) / self.steps

@@ -125,12 +125,15 @@ class Ancestral(_OneStep):
         return torch.exp(0.5 * learned_log_variance(prediction.extra, low, high))
 
 
-def check_grid(denoiser: Startable, solver: Solver, times: Sequence[float]) -> None:
-    """Raises DitkitError for a grid that does not decrease, or at which the solver cannot read the prediction."""
+def check_grid(denoiser: Startable, solver: Solver, times: Sequence[float], name: str = "this grid") -> None:
+    """Raises DitkitError for a grid that does not decrease, or at which the solver cannot read the prediction.
+
+    name: of the grid, for the message.
+    """
     if len(times) < 2 or any(s >= t for t, s in pairwise(times)):
-        raise DitkitError(f"a grid is at least two decreasing times, not {times}")
+        raise DitkitError(f"a grid is at least two decreasing times, and {name} gives {times}")
     visited = times[:-1] if solver.nfe == 1 or times[-1] == 0 else times
-    denoiser.check(visited, solver.needs)
+    denoiser.check(visited, solver.needs, name)
 
 
 def integrate(

@@ -1,5 +1,8 @@
 """Spaces: what a number stands for, as a row `target = a x0 + b eps`, and the determinant algebra between them.
 
+x0 (data), eps (noise), v = alpha eps - sigma x0 (Salimans & Ho 2022), velocity = dx/dt, score = -eps / sigma, and edm,
+the F of EDM's preconditioning: x0 = c_skip x + c_out F (Karras et al. 2022 table 1), on any path by its sigma / alpha.
+
 With here = (alpha, sigma) and det(p, q) = p0 q1 - p1 q0, a network's output `out` in space `have` is read in `want` by
 
     (det(want, have) x + det(here, want) out) / det(here, have)
@@ -19,9 +22,12 @@ from torch import Tensor
 from ..config import DitkitError, lookup, names, near, register_name
 from .path import Path, Time, as_time
 
-__all__ = ["SPACES", "Row", "det", "infinite_ends", "reading", "row", "singular_ends"]
+__all__ = ["DATA_STD", "SPACES", "Row", "det", "infinite_ends", "input_std", "reading", "row", "singular_ends"]
 
 Row = tuple[Tensor, Tensor]
+
+DATA_STD = 0.5
+"""sigma_data of EDM (Karras et al. 2022 table 1): the standard deviation that its space and input scaling assume."""
 
 
 def _x0(path: Path, t: Time) -> Row:
@@ -48,7 +54,20 @@ def _score(path: Path, t: Time) -> Row:
     return 0 * sigma, -1 / sigma
 
 
-for _name, _function in {"x0": _x0, "eps": _eps, "v": _v, "velocity": _velocity, "score": _score}.items():
+def input_std(path: Path, t: Time) -> Tensor:
+    """The standard deviation of x_t for data of standard deviation DATA_STD: what EDM divides a network's input by."""
+    alpha, sigma = path(t)
+    return (sigma.square() + (DATA_STD * alpha).square()).sqrt()
+
+
+def _edm(path: Path, t: Time) -> Row:
+    alpha, sigma = path(t)
+    std = input_std(path, t)
+    return sigma / (DATA_STD * std), -DATA_STD * alpha / std
+
+
+_ROWS = {"x0": _x0, "eps": _eps, "v": _v, "velocity": _velocity, "score": _score, "edm": _edm}
+for _name, _function in _ROWS.items():
     register_name("space", _name, _function)
 
 SPACES = tuple(names("space"))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..codecs import Codec
 from ..config import DitkitError, differences, to_json
@@ -93,11 +93,16 @@ class Trainer:
             self.model: Model = recipe.model.build(recipe.seed)
         self.model.train()
         self.denoiser: Denoiser = recipe.denoiser.of(self.model)
-        self.objective: Objective = recipe.objective
-        self.objective.check(self.denoiser)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        recipe.objective.check(self.denoiser)
+        self.objective: Objective = recipe.objective.learn(self.denoiser, Rng(recipe.seed))
+        if isinstance(self.objective, nn.Module):
+            self.objective.to(self.device)
         self.optimizer = torch.optim.AdamW(
-            trained, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+            self.trained().values(),
+            lr=settings.lr,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            fused=True,
         )
         self.averages = Averages(self.model, settings.emas)
         self.rng = Rng(recipe.seed)
@@ -121,10 +126,17 @@ class Trainer:
         pipeline.sample(count=2, steps=2)
         batch = self.data.train.batch(torch.zeros_like(ids))
         cond = recipe.conditioner(batch.given).to(self.device)
-        x0 = recipe.codec.encode(batch.data.to(self.device))
+        data = batch.data.to(self.device)
+        x0 = recipe.codec.encode(data)
         self.model.eval()
-        self.objective.loss(self.denoiser, x0, cond, self.rng.at(0, ids.to(self.device)))
+        self.objective.loss(self.denoiser, x0, cond, self.rng.at(0, ids.to(self.device)), data)
         self.model.train()
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What the optimiser changes, by name: the network, and under "objective/" what the objective learns."""
+        own = self.objective.named_parameters() if isinstance(self.objective, nn.Module) else ()
+        named = [*self.model.named_parameters(), *((f"objective/{name}", p) for name, p in own)]
+        return {name: p for name, p in named if p.requires_grad}
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -158,18 +170,19 @@ class Trainer:
         sums: dict[str, float] = {}
         for positions, batch in parts:
             rng = self.rng.at(self.step, positions.to(self.device))
-            x0 = codec.encode(batch.data.to(self.device), rng)
+            data = batch.data.to(self.device)
+            x0 = codec.encode(data, rng)
             cond = recipe.conditioner(batch.given, self.rng.at(self.step, positions)).to(self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-                loss = self.objective.loss(self.denoiser, x0, cond, rng)
+                loss = self.objective.loss(self.denoiser, x0, cond, rng, data)
             total, share = loss.total.mean(), len(positions) / settings.batch
             value = float(total.detach())
             if not math.isfinite(value):
                 raise NotFinite(f"the loss is {value} at step {number}")
             (total * share).backward()
-            for name, term in {"loss": loss.total, **loss.terms}.items():
+            for name, term in {"loss": loss.total, **loss.terms, **loss.watched}.items():
                 sums[name] = sums.get(name, 0.0) + float(term.detach().mean()) * share
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip or math.inf))
+        norm = float(torch.nn.utils.clip_grad_norm_(self.trained().values(), settings.clip or math.inf))
         if not math.isfinite(norm):
             raise NotFinite(f"the norm of the gradient is {norm} at step {number}")
         rate = self.rate(self.step)
@@ -193,13 +206,15 @@ class Trainer:
 
     def save(self, run: Run) -> Path:
         """Write a checkpoint of this step. Raises DitkitError if that fails; older ones stay."""
-        names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
+        names: dict[Tensor, str] = {p: name for name, p in self.trained().items()}
         optimizer = {
             f"{key}.{names[p]}": value for p, slots in self.optimizer.state.items() for key, value in slots.items()
         }
         groups: dict[str, Mapping[str, Tensor]] = {"model": self.model.state_dict(), "optimizer": optimizer}
         for decay in self.averages.decays:
             groups[f"ema-{decay}"] = self.averages.tensors(decay)
+        if isinstance(self.objective, nn.Module):
+            groups["objective"] = self.objective.state_dict()
         state = {"log": self.log_state, "data": self.data.source, "torch": torch.__version__}
         return run.save(self.step, to_json(self.recipe), groups, state)
 
@@ -208,8 +223,10 @@ class Trainer:
         self.model.load_state_dict(checkpoint.tensors("model"))
         for decay in self.averages.decays:
             self.averages.restore(decay, checkpoint.tensors(f"ema-{decay}"))
+        if isinstance(self.objective, nn.Module):
+            self.objective.load_state_dict(checkpoint.tensors("objective"))
         slots = checkpoint.tensors("optimizer")
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.trained().items():
             found = {key.split(".", 1)[0]: v for key, v in slots.items() if key.split(".", 1)[1] == name}
             if found:
                 self.optimizer.state[parameter] = {
