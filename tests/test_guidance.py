@@ -270,5 +270,5 @@ def test_a_null_for_another_number_of_samples_is_refused() -> None:
 
 def test_a_guided_grid_is_checked_like_a_plain_one() -> None:
     denoiser = guide(Meaning(Linear(), "eps").of(Network()), CFG(2.0, NULL))
-    with pytest.raises(DitkitError, match="cannot be read at t = 1"):
+    with pytest.raises(DitkitError, match="cannot be read as velocity at t = 1"):
         integrate(denoiser, Heun(), (1.0, 0.0), images(), LABELS, Rng(0))

@@ -213,10 +213,18 @@ def test_a_variance_that_is_not_predicted_cannot_be_taught() -> None:
 @pytest.mark.parametrize(
     ("objective", "meaning", "says"),
     [
-        (Regression("velocity", Uniform()), Meaning(Linear(), "x0"), "x0 prediction cannot be read at t = 0"),
-        (Regression("velocity", Uniform()), Meaning(Linear(), "eps"), "eps prediction cannot be read at t = 1"),
-        (Regression("score", Uniform()), Meaning(Linear(), "velocity"), "cannot be read at t = 0"),
-        (Regression("velocity", Discrete()), Meaning(Linear(), "eps"), "cannot be read at t = 1"),
+        (
+            Regression("velocity", Uniform()),
+            Meaning(Linear(), "x0"),
+            "x0 prediction cannot be read as velocity at t = 0, which the time sampler 'uniform' visits",
+        ),
+        (
+            Regression("velocity", Uniform()),
+            Meaning(Linear(), "eps"),
+            "eps prediction cannot be read as velocity at t = 1",
+        ),
+        (Regression("score", Uniform()), Meaning(Linear(), "velocity"), "cannot be read as score at t = 0"),
+        (Regression("velocity", Discrete()), Meaning(Linear(), "eps"), "cannot be read as velocity at t = 1"),
         (Regression("eps", Uniform()), Meaning(DDPM(), "eps", "index"), "needs the time sampler discrete"),
         (Regression("eps", Discrete(100)), Meaning(DDPM(), "eps", "index"), "needs the time sampler discrete"),
         (Regression("eps", LogitNormal()), Meaning(DDPM(100), "eps", "index"), "of 100 steps needs"),

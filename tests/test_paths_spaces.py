@@ -463,7 +463,7 @@ def test_the_tables_are_those_of_their_papers() -> None:
     with pytest.raises(DitkitError, match=r"unknown schedule 'cosin'.*did you mean cosine"):
         DDPM(schedule="cosin")
     wrongs: list[dict[str, Any]] = [
-        {"steps": 1},
+        {"steps": 0},
         {"beta_first": 0.0},
         {"beta_last": 1.0},
         {"beta_first": 0.1, "beta_last": 0.01},

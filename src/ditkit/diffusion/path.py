@@ -136,10 +136,11 @@ class VP:
 
     def time(self, log_snr: Time) -> Tensor:
         log_alpha = torch.nn.functional.logsigmoid(torch.as_tensor(log_snr, dtype=torch.float64)) / 2
+        beyond = log_alpha <= self._log_alpha(torch.ones((), dtype=torch.float64))
         # the positive root of the quadratic in t, in the form that does not cancel near t = 0
         half = self.beta_min / 2
         root = (half**2 - (self.beta_max - self.beta_min) * log_alpha).sqrt()
-        return (-2 * log_alpha / (half + root)).clamp(max=1)
+        return torch.where(beyond, 1.0, -2 * log_alpha / (half + root))
 
     @property
     def prior_std(self) -> float:
@@ -218,9 +219,9 @@ class DDPM:
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise DitkitError(f"unknown schedule {self.schedule!r} of path.schedule: {near(self.schedule, SCHEDULES)}")
-        if self.steps < 2 or not 0 < self.beta_first < self.beta_last < 1:
+        if self.steps < 1 or not 0 < self.beta_first < self.beta_last < 1:
             raise DitkitError(
-                f"a DDPM path needs at least 2 steps and 0 < beta_first < beta_last < 1, not {self.steps} steps, "
+                f"a DDPM path needs at least 1 step and 0 < beta_first < beta_last < 1, not {self.steps} steps, "
                 f"{self.beta_first} and {self.beta_last}"
             )
 
