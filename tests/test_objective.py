@@ -5,25 +5,37 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from ditkit.conditioning import Conditioning
-from ditkit.config import DitkitError
+from ditkit.config import DitkitError, lookup, names
 from ditkit.diffusion import (
     DDPM,
+    GVP,
+    P2,
+    VE,
+    VP,
+    Cosmap,
     Denoiser,
     Discrete,
+    Likelihood,
     Linear,
     LogitNormal,
+    LogNormal,
+    LogVariance,
     Loss,
     Meaning,
     MinSNR,
+    Mode,
     Objective,
     Regression,
+    TimeSampler,
     Uniform,
+    log_snr,
     posterior,
 )
 from ditkit.rng import Replay, Rng
@@ -61,8 +73,8 @@ def losses(objective: Regression, denoiser: Denoiser, x0: Tensor, noise: Tensor,
 # loss spaces
 
 
-@pytest.mark.parametrize("loss_space", ["x0", "eps", "v", "velocity", "-velocity", "score"])
-@pytest.mark.parametrize("predicts", ["x0", "eps", "v", "velocity", "-velocity"])
+@pytest.mark.parametrize("loss_space", ["x0", "eps", "v", "velocity", "-velocity", "score", "edm"])
+@pytest.mark.parametrize("predicts", ["x0", "eps", "v", "velocity", "-velocity", "edm"])
 def test_the_loss_is_the_squared_error_in_its_space(predicts: str, loss_space: str) -> None:
     """Against the definition: read both the output and the truth in the loss space, and subtract."""
     path = Linear(1.5)
@@ -303,10 +315,153 @@ def test_discrete_times_are_all_entries_of_the_table_and_no_others(steps: int) -
     assert edges.tolist() == [1 / steps, 1.0]
 
 
+def distance(t: Tensor, cdf: Any) -> float:
+    """Kolmogorov's, times the root of n: above 1.95 with probability .001."""
+    ordered = cdf(t.sort().values)
+    return float((ordered - (torch.arange(len(t)) + 0.5) / len(t)).abs().max()) * math.sqrt(len(t))
+
+
+@pytest.mark.parametrize("scale", [-1.0, 0.0, 0.81, 1.29, 1.75])
+def test_mode_is_the_published_law(scale: float) -> None:
+    """Esser et al. 2024 equation 20: f(u) falls from 1 to 0, so P(t < f(u)) = 1 - u; its derivative is the density."""
+    u = torch.linspace(0, 1, 4001, dtype=torch.float64)
+    f = 1 - u - scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
+    cdf = torch.from_numpy(np.interp(draw(Mode(scale)).sort().values.numpy(), f.flip(0), 1 - u.flip(0)))
+    n = len(cdf)
+    assert float((cdf - (torch.arange(n) + 0.5) / n).abs().max()) * math.sqrt(n) < 1.95
+    for wrong in (-1.01, 1.76):
+        with pytest.raises(DitkitError, match="or t would turn back"):
+            Mode(wrong)
+
+
+def test_cosmap_is_the_published_law() -> None:
+    """Equation 21: the density is 2 / (pi - 2 pi t + 2 pi t^2)."""
+    t = draw(Cosmap())
+    assert distance(t, lambda t: 2 / math.pi * torch.atan(2 * t - 1) + 0.5) < 1.95
+    # and the log-SNR of the linear path is that of the cosine path at a uniform time
+    u = torch.tensor([0.1, 0.4, 0.8], dtype=torch.float64)
+    assert_close(log_snr(Linear(), Cosmap()(u)), log_snr(GVP(), u), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", [VE(), Linear(), Linear(2.0), GVP(), VP()], ids=str)
+def test_log_normal_is_edms_law_of_the_noise_level_on_any_path(path: Any) -> None:
+    level = -log_snr(path, draw(LogNormal(-1.2, 1.2).on(path))) / 2
+    assert distance(level, lambda level: torch.special.ndtr((level + 1.2) / 1.2)) < 1.95
+    beyond = LogNormal(30.0, 0.1).on(path)(torch.zeros(3, dtype=torch.float64))
+    assert beyond.tolist() == pytest.approx([1.0] * 3, abs=1e-6)
+
+
+def test_uniform_between_bounds() -> None:
+    t = draw(Uniform(0.2, 0.7))
+    assert distance(t, lambda t: (t - 0.2) / 0.5) < 1.95
+    assert (Uniform(0.1, 1.0).ends, Uniform(0.0, 0.9).ends, Uniform(0.1, 0.9).ends) == ((1.0,), (0.0,), ())
+    for low, high in ((0.5, 0.5), (-0.1, 1.0), (0.0, 1.1)):
+        with pytest.raises(DitkitError, match="0 <= low < high <= 1"):
+            Uniform(low, high)
+    # SiT's score and VP models are trained inside these bounds, and refused outside of them
+    Regression("velocity", Uniform(1e-3, 0.999)).check(Meaning(Linear(), "eps").of(Affine()))
+    Regression("velocity", Uniform(1e-5, 1.0)).check(Meaning(VP(), "eps").of(Affine()))
+    with pytest.raises(DitkitError, match="at t = 0, which the time sampler 'uniform' visits"):
+        Regression("velocity", Uniform()).check(Meaning(VP(), "eps").of(Affine()))
+
+
 def test_samplers_say_which_ends_they_reach() -> None:
     assert Uniform().ends == (0.0, 1.0)
+    assert Mode().ends == (0.0, 1.0)
+    assert Cosmap().ends == (0.0, 1.0)
     assert LogitNormal().ends == ()
+    assert LogNormal().ends == ()
     assert Discrete().ends == (1.0,)
-    for law in (Uniform(), LogitNormal(0.8, 0.8), Discrete()):
-        t = draw(law, 50_000)
+    for name in names("times"):
+        law = lookup("times", name)()
+        assert isinstance(law, TimeSampler)
+        t = draw(law.on(Linear()), 50_000)
+        assert t.dtype == torch.float64
         assert bool(((t > 0) & (t <= 1)).all())
+
+
+# weightings
+
+
+@pytest.mark.parametrize("path", [Linear(), Linear(1.5), GVP(), VP(), VE()], ids=str)
+def test_weightings_are_their_papers(path: Any) -> None:
+    x0, noise, t = batch(6, path)
+    t = 0.05 + 0.9 * t
+    network = Affine()
+    alpha, sigma = path(t)
+    rate_alpha, rate_sigma = path.rate(t)
+    c = [v.view(-1, 1, 1, 1) for v in (alpha, sigma)]
+    error = (network(c[0] * x0 + c[1] * noise, t.float(), NOTHING) - noise).square().mean((1, 2, 3))
+    denoiser = Meaning(path, "eps").of(network)
+    # Choi et al. 2022: on the error of eps, 1 / (k + SNR)^gamma
+    got = losses(Regression("eps", weighting=P2(0.5, 2.0)), denoiser, x0, noise, t).total
+    assert_close(got, error / (2 + alpha**2 / sigma**2) ** 0.5, rtol=1e-9, atol=0)
+    # SiT, in its own time, where rates have the other sign: drift_var = (alpha' / alpha) sigma^2 - sigma sigma'
+    drift = (-rate_alpha / alpha) * sigma**2 + sigma * rate_sigma
+    got = losses(Regression("eps", weighting=Likelihood()), denoiser, x0, noise, t).total
+    assert_close(got, error * drift / sigma**2, rtol=1e-9, atol=0)
+    got = losses(Regression("velocity"), denoiser, x0, noise, t).total
+    assert_close(got, error * (drift / sigma) ** 2, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("name", names("weighting"))
+def test_a_weighting_of_another_space_is_refused(name: str) -> None:
+    weighting = lookup("weighting", name)()
+    denoiser = Meaning(Linear(), "v").of(Affine())
+    if isinstance(weighting, LogVariance):
+        Regression("v", weighting=weighting).check(denoiser)
+        return
+    with pytest.raises(DitkitError, match=f"defined on the error of {weighting.space}: set objective.loss_space to"):
+        Regression("v", weighting=weighting).check(denoiser)
+    Regression(weighting.space, Uniform(0.1, 0.9), weighting).check(denoiser)
+
+
+def test_edms_loss_is_the_plain_error_of_its_network() -> None:
+    """Karras et al. 2022: lambda(sigma) c_out^2 = 1, so their weight on x0 is the loss space edm."""
+    path = VE()
+    x0, noise, t = batch(5, path)
+    sigma = 80 * t
+    prediction = Meaning(path, "x0", "t").of(Affine())
+    plain = losses(Regression("x0"), prediction, x0, noise, t).total
+    assert_close(
+        losses(Regression("edm"), prediction, x0, noise, t).total,
+        plain * (sigma**2 + 0.25) / (0.5 * sigma) ** 2,
+        rtol=1e-9,
+        atol=0,
+    )
+
+
+# what an objective learns
+
+
+def test_a_learned_variance_finds_the_error_of_each_noise_level() -> None:
+    """error / e^u + u is least at u = log error: of errors that depend on the level, u becomes the logarithm."""
+    path = Linear()
+
+    def model(x: Tensor, t: Tensor, cond: Conditioning, *, edit: Any = None) -> Tensor:
+        return torch.zeros_like(x)
+
+    denoiser = Meaning(path, "velocity").of(model)
+    plain = Regression("x0", Uniform(0.1, 0.9), LogVariance(64))
+    with pytest.raises(DitkitError, match=r"take the loss of objective.learn"):
+        plain.loss(denoiser, torch.zeros(2, 1, 2, 2), NOTHING, Rng(0).at(0, torch.arange(2)))
+    learned = plain.learn(denoiser, Rng(0))
+    assert isinstance(learned, nn.Module)
+    assert isinstance(learned, Objective)
+    assert learned.learn(denoiser, Rng(1)) is learned
+    first = learned.loss(denoiser, torch.zeros(4, 1, 2, 2), NOTHING, Rng(0).at(0, torch.arange(4)))
+    assert_close(first.total, first.watched["error"], rtol=0, atol=0)  # u = 0
+    optimizer = torch.optim.Adam(learned.parameters(), lr=0.05)
+    for step in range(300):
+        rng = Rng(0).at(step, torch.arange(256))
+        optimizer.zero_grad()
+        # x0 = 0: the velocity is the noise, and its error as x0 is t^2
+        learned.loss(denoiser, torch.zeros(256, 4, 2, 2), NOTHING, rng).total.mean().backward()
+        optimizer.step()
+    t = torch.linspace(0.15, 0.85, 8, dtype=torch.float64)
+    assert_close(learned.log_variance(path, t).detach().double(), 2 * t.log(), rtol=0, atol=0.3)  # type: ignore[operator]
+
+
+def test_what_learns_nothing_is_itself() -> None:
+    objective = Regression()
+    assert objective.learn(Meaning().of(Affine()), Rng(0)) is objective

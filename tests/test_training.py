@@ -18,7 +18,7 @@ import torch
 
 from ditkit.config import DitkitError
 from ditkit.data import Digits
-from ditkit.diffusion import DDPM, Ancestral, Discrete, LogitNormal, Meaning, Regression
+from ditkit.diffusion import DDPM, Ancestral, Discrete, LogitNormal, LogVariance, Meaning, Regression
 from ditkit.models import DiTConfig
 from ditkit.pipeline import load
 from ditkit.recipe import Recipe, Sample
@@ -84,6 +84,21 @@ def test_resume_is_bit_exact_with_dropout_and_flips(tiny: Recipe, tmp_path: Path
     torch.rand(17)  # whatever the process did with the global generator in between
     train(with_train(recipe, steps=6), tmp_path / "parts", quiet=True)
     assert_same(Run(tmp_path / "whole"), Run(tmp_path / "parts"))
+
+
+def test_what_the_objective_learns_is_trained_saved_and_resumed_bit_exactly(tiny: Recipe, tmp_path: Path) -> None:
+    recipe = replace(tiny, objective=Regression("velocity", LogitNormal(0.8, 0.8), LogVariance(8)))
+    train(with_train(recipe, steps=6), tmp_path / "whole", quiet=True)
+    train(with_train(recipe, steps=3), tmp_path / "parts", quiet=True)
+    train(with_train(recipe, steps=6), tmp_path / "parts", quiet=True)
+    assert_same(Run(tmp_path / "whole"), Run(tmp_path / "parts"))
+    newest = Run(tmp_path / "whole").newest()
+    assert newest is not None
+    assert bool(newest.tensors("objective")["weight"].any())
+    assert "exp_avg.objective/weight" in newest.tensors("optimizer")
+    assert not [name for name in newest.tensors("model") if "objective" in name]
+    assert {"error", "log_variance", "mse"} <= set(Run(tmp_path / "whole").rows()[0])
+    assert load(tmp_path / "whole", device="cpu").sample(count=2, steps=2).shape == (2, 1, 28, 28)
 
 
 def test_five_kills_at_random_moments_leave_no_trace(tmp_path: Path) -> None:
