@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "train a recipe, or go on with a run",
     "sample": "draw images from a run or a checkpoint",
     "evaluate": "measure a run and write its report",
+    "compare": "run a study: a controlled comparison of many small trainings, with its report",
     "plan": "parameters, compute and memory of a model, before anyone spends money",
     "models": "list the models",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .dataset import Batch, Dataset, InMemory, Order, Split
 from .digits import Digits
 from .folder import Folder
+from .spiral import Spiral
 from .text import points, strings
 
-__all__ = ["Batch", "Dataset", "Digits", "Folder", "InMemory", "Order", "Split", "points", "strings"]
+__all__ = ["Batch", "Dataset", "Digits", "Folder", "InMemory", "Order", "Spiral", "Split", "points", "strings"]

@@ -3,7 +3,7 @@
 from .classifier import Classifier, train_classifier
 from .distances import Estimate, frechet_distance, kernel_distance
 from .efficientnet import Features
-from .measure import MEANING, Measurement, evaluate
+from .measure import MEANING, Measurement, evaluate, measure_kid, sampling_protocol
 from .memorization import FMem, f_mem, memorized, within_class_distance
 from .report import bounds, curve, write_report
 
@@ -20,7 +20,9 @@ __all__ = [
     "f_mem",
     "frechet_distance",
     "kernel_distance",
+    "measure_kid",
     "memorized",
+    "sampling_protocol",
     "train_classifier",
     "within_class_distance",
     "write_report",

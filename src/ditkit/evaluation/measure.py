@@ -6,6 +6,7 @@ distance to the training set.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from ..config import DitkitError, near, to_json
 from ..data import Split
 from ..pipeline import Pipeline, load
-from ..recipe import Gate
+from ..recipe import Gate, Sample
 from ..report import provenance
 from ..runs import find_checkpoint
 from .classifier import train_classifier
@@ -29,7 +30,7 @@ from .distances import frechet_distance, kernel_distance
 from .efficientnet import Features
 from .memorization import f_mem, within_class_distance
 
-__all__ = ["MEANING", "Measurement", "blurred", "evaluate"]
+__all__ = ["MEANING", "Measurement", "blurred", "evaluate", "measure_kid", "sampling_protocol"]
 
 MEANING = {
     "class_accuracy": "share of samples that a classifier, trained on the real data, sees as the class asked for",
@@ -120,17 +121,8 @@ def evaluate(
     labels = pipeline.labels(None, count)
     images = _draw(pipeline, labels, count, seed, settings)
     numbers: dict[str, float | None] = {}
-    protocol: dict[str, Any] = {
-        "checkpoint": pipeline.origin,
-        "reference": f"held-out part of {data.source}",
-        "reference_images": len(real),
-        "samples": count,
-        "labels": "classes in turn" if pipeline.classes else "none",
-        "sampling": {k: v for k, v in to_json(chosen).items() if k not in ("type", "batch", "ema")},
-        "seed": seed,
-        "dtype": "float32",
-        "device": str(pipeline.device),
-    }
+    protocol = sampling_protocol(pipeline, chosen, count, seed)
+    protocol |= {"reference": f"held-out part of {data.source}", "reference_images": len(real)}
 
     if len(data.classes) > 1 and real_labels is not None and train_labels is not None and labels is not None:
         say("training a classifier on the real data")
@@ -153,7 +145,7 @@ def evaluate(
         estimate = kernel_distance(found, reference)
         numbers[name], numbers[f"{name}_error"] = estimate.value, estimate.error
     numbers["frechet"] = frechet_distance(sampled, reference)
-    protocol["features"] = {"network": features.name, "sha256": features.sha256, "size": features.size}
+    protocol["features"] = _features_protocol(features)
 
     say("looking for copies")
     spread, natural = _spread(images, labels), _spread(real, real_labels)
@@ -170,6 +162,50 @@ def evaluate(
         if numbers.get(gate.metric) is None:
             raise DitkitError(f"the recipe bounds {gate.metric}, which this data does not give")
     return Measurement(numbers, protocol, recipe.evaluate.gates, images, labels)
+
+
+def measure_kid(path: str | Path, *, seed: int = 0, device: str = "auto") -> Measurement:
+    """The kernel distance alone, with the run's own settings: what a comparison of many runs needs.
+
+    The reference is read and looked at once in a process. Raises DitkitError as `evaluate`.
+    """
+    pipeline = load(path, device=device)
+    settings, count = pipeline.recipe.evaluate, pipeline.recipe.evaluate.samples
+    features, reference, source = _reference(pipeline.recipe.data, settings.size, str(pipeline.device))
+    labels = pipeline.labels(None, count)
+    images = pipeline.sample(labels, count, seed=seed)
+    estimate = kernel_distance(features(images), reference)
+    protocol = sampling_protocol(pipeline, pipeline.settings(), count, seed)
+    protocol |= {"reference": f"held-out part of {source}", "reference_images": len(reference)}
+    protocol |= {"features": _features_protocol(features), **provenance()}
+    return Measurement({"kid": estimate.value, "kid_error": estimate.error}, protocol, (), images, labels)
+
+
+@functools.lru_cache(maxsize=4)
+def _reference(data: Any, size: int, device: str) -> tuple[Features, Tensor, str]:
+    """The feature network, the features of all held-out images, and where these come from."""
+    opened = data.open()
+    if len(opened.shape) != 3 or len(opened.heldout) < 10:
+        raise DitkitError(f"{opened.name} has no 10 held-out images [c h w] to compare samples with")
+    features = Features(size, device)
+    return features, features(_images(opened.heldout, len(opened.heldout))[0]), opened.source
+
+
+def sampling_protocol(pipeline: Pipeline, chosen: Sample, count: int, seed: int) -> dict[str, Any]:
+    """How `count` samples were drawn."""
+    return {
+        "checkpoint": pipeline.origin,
+        "samples": count,
+        "labels": "classes in turn" if pipeline.classes else "none",
+        "sampling": {k: v for k, v in to_json(chosen).items() if k not in ("type", "batch", "ema")},
+        "seed": seed,
+        "dtype": "float32",
+        "device": str(pipeline.device),
+    }
+
+
+def _features_protocol(features: Features) -> dict[str, Any]:
+    return {"network": features.name, "sha256": features.sha256, "size": features.size}
 
 
 def _draw(pipeline: Pipeline, labels: Tensor | None, count: int, seed: int, settings: dict[str, Any]) -> Tensor:

@@ -2,13 +2,16 @@
 
 from .dit import DiT, DiTConfig
 from .jit import JiT, JiTConfig
+from .mlp import MLP, MLPConfig
 from .registry import Model, ModelConfig, Plan, create_model, list_models, model_config
 
 __all__ = [
+    "MLP",
     "DiT",
     "DiTConfig",
     "JiT",
     "JiTConfig",
+    "MLPConfig",
     "Model",
     "ModelConfig",
     "Plan",

@@ -1,0 +1,175 @@
+"""Run a study: every cell and seed is an ordinary run folder, trained by the one loop; results are kept as they come.
+
+OUT/study.json                   which study and preset the folder holds
+OUT/runs/CELL-SEED/              run folders, as `ditkit train` writes them
+OUT/results/CELL-SEED.json       a finished cell: its recipe, numbers and protocol; .npy beside it, samples
+OUT/report.html, .md, .json      the report, and its pictures
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import DitkitError, differences, to_json
+from ..recipe import Recipe
+from ..report import Listing, Report, Section, Table, number, provenance, write
+from ..runs import Run, atomic_write
+from ..sheet import rendered
+from ..training import train
+from .study import Cell, Finding, Results, Study, common
+
+__all__ = ["compare", "read_results", "write_report"]
+
+_SHOWN = 100  # samples that are kept of a cell
+
+
+def compare(
+    study: Study, folder: str | Path, *, quiet: bool = False, say: Callable[[str], None] = lambda line: None
+) -> bool:
+    """Train and measure what is missing, seed by seed. True if the study is complete.
+
+    False: SIGTERM or Ctrl-C came while a cell was trained; the same call goes on from there, and no finished cell is
+    done again. say: gets a line for each cell. Raises DitkitError for a folder that holds something else.
+    """
+    out = Path(folder)
+    _claim(study, out)
+    results = read_results(study, out)
+    for seed in study.seeds:
+        for cell in study.cells:
+            if (cell.name, seed) in results.found:
+                continue
+            begun = time.perf_counter()
+            recipe = replace(cell.recipe, seed=seed)
+            run = out / "runs" / f"{cell.folder}-{seed}"
+            if not _trained(run, recipe) and not train(recipe, run, quiet=quiet):
+                return False
+            found = study.measure(run, replace(cell, recipe=recipe), seed)
+            _store(out, cell, recipe, found, time.perf_counter() - begun)
+            results = read_results(study, out)
+            numbers = ", ".join(
+                f"{k} {number(v)}" for k, v in found.numbers.items() if not k.endswith(("_error", "seconds"))
+            )
+            say(f"{len(results.found)}/{study.total} {cell.name}, seed {seed}: {numbers}")
+    return True
+
+
+def _claim(study: Study, out: Path) -> None:
+    """Make the folder this study's own. Raises DitkitError if it is another's."""
+    mine = {"study": study.name, "preset": study.preset}
+    path = out / "study.json"
+    if path.exists():
+        found = _json(path)
+        if {key: found.get(key) for key in mine} != mine:
+            raise DitkitError(
+                f"{out} holds the study {found.get('study')} with the preset {found.get('preset')}, not {study.name} "
+                f"with {study.preset}: choose another --out"
+            )
+        return
+    if out.exists() and any(out.iterdir()):
+        raise DitkitError(f"{out} is not empty and holds no study: choose another --out")
+    atomic_write(path, json.dumps(mine) + "\n")
+
+
+def _trained(run: Path, recipe: Recipe) -> bool:
+    """Whether the run folder holds this training, finished: another cell of the same run has done it."""
+    newest = Run(run).newest() if Run(run).exists() else None
+    return newest is not None and newest.step == recipe.train.steps
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DitkitError(f"{path} cannot be read: {error}; delete it to have it made again") from None
+    if not isinstance(content, dict):
+        raise DitkitError(f"{path} does not hold what it should; delete it to have it made again")
+    return content
+
+
+def _store(out: Path, cell: Cell, recipe: Recipe, found: Finding, seconds: float) -> None:
+    """The samples first: a result that is there is complete."""
+    path = out / "results" / f"{cell.name}-{recipe.seed}.json"
+    if found.samples is not None:
+        atomic_write(path.with_suffix(".npy"), rendered(found.samples[:_SHOWN], ".npy"))
+    content = {
+        "recipe": to_json(recipe),
+        "numbers": {**found.numbers, "seconds": round(seconds, 1)},
+        "protocol": {**found.protocol, **provenance()},
+        "samples": found.samples is not None,
+    }
+    atomic_write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def read_results(study: Study, folder: str | Path) -> Results:
+    """Whatever of the study is there. Raises DitkitError for results of another recipe, or a damaged file."""
+    found: dict[tuple[str, int], Finding] = {}
+    for seed in study.seeds:
+        for cell in study.cells:
+            path = Path(folder) / "results" / f"{cell.name}-{seed}.json"
+            if not path.exists():
+                continue
+            content = _json(path)
+            try:
+                recipe, numbers, protocol = content["recipe"], dict(content["numbers"]), dict(content["protocol"])
+                samples = _samples(path.with_suffix(".npy")) if content["samples"] else None
+            except (KeyError, TypeError, ValueError, OSError) as error:
+                raise DitkitError(f"{path} is damaged: {error!r}; delete it to have it made again") from None
+            changed = differences(recipe, to_json(replace(cell.recipe, seed=seed)))
+            if changed:
+                raise DitkitError(f"{path} is of another recipe: {changed[0]}; choose another --out, or delete it")
+            found[cell.name, seed] = Finding(numbers, protocol, samples)
+    return Results(study, found)
+
+
+def _samples(path: Path) -> Tensor:
+    return torch.from_numpy(np.load(path, allow_pickle=False))
+
+
+def write_report(study: Study, folder: str | Path) -> list[Path]:
+    """The report of whatever is there; the paths, the page first. Raises DitkitError where nothing is."""
+    results = read_results(study, folder)
+    if not results.found:
+        raise DitkitError(f"{folder} holds no results of the study {study.name} yet: run it first")
+    claims = study.claims(results) if results.complete else ()
+    protocol = {
+        "study": study.name,
+        "preset": study.preset,
+        "seeds": list(study.seeds),
+        "cells": len(study.cells),
+        "results": f"{len(results.found)} of {study.total}",
+        "train": common({k: v for k, v in to_json(c.recipe.train).items() if k != "type"} for c in study.cells),
+        "measurement": common(f.protocol for f in results.found.values()),
+        "seconds": sum(f.numbers["seconds"] for f in results.found.values()),
+    }
+    verdicts = Table(("what was expected", "what came", ""), tuple((c.text, c.found, c.holds) for c in claims))
+    partial = f"{len(results.found)} of {study.total} results are there: run the same command to get the others."
+    sections = (
+        Section("Question", (study.question, *(() if results.complete else (partial,)))),
+        *((Section("Expectations", (verdicts,)),) if claims else ()),
+        *study.present(results),
+        Section("Protocol", ("Errors are standard errors over the seeds.", Listing(protocol))),
+        Section("Recipes", (Listing({cell.name: to_json(cell.recipe) for cell in study.cells}, brief=True),)),
+    )
+    data = {
+        "study": study.name,
+        "preset": study.preset,
+        "question": study.question,
+        "complete": results.complete,
+        "expectations": [{"text": c.text, "found": c.found, "holds": c.holds} for c in claims],
+        "results": [
+            {"cell": name, "seed": seed, "numbers": dict(f.numbers), "protocol": dict(f.protocol)}
+            for (name, seed), f in results.found.items()
+        ],
+        "protocol": protocol,
+        "recipes": {cell.name: to_json(cell.recipe) for cell in study.cells},
+    }
+    return write(Report(f"{study.name} ({study.preset})", sections, data), Path(folder))

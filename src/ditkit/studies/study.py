@@ -1,0 +1,133 @@
+"""What a study is: cells that differ in one thing, seeds, a number to compare them by, and what is asked of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Shaped
+from torch import Tensor
+
+from ..recipe import Recipe
+from ..report import Section, Value
+
+__all__ = ["Cell", "Claim", "Finding", "Results", "Study", "common"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was measured on one cell with one seed: numbers, how they were obtained, and samples to look at."""
+
+    numbers: Mapping[str, float]
+    protocol: Mapping[str, Any]
+    samples: Shaped[Tensor, "n *sample"] | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One of the things compared: a recipe and its name. Cells of one `run` are samplings of the same training."""
+
+    name: str
+    recipe: Recipe
+    run: str = ""
+    """The folder of the training; by default the cell has its own."""
+
+    @property
+    def folder(self) -> str:
+        return self.run or self.name
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Something that was expected of the results, what came, and whether it is so."""
+
+    text: str
+    found: str
+    holds: bool
+
+
+Measure = Callable[[Path, Cell, int], Finding]
+"""A run folder with a finished training, the cell that it belongs to, and the seed: the numbers."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A controlled comparison: a frozen description, from which everything else follows."""
+
+    name: str
+    preset: str
+    question: str
+    cells: tuple[Cell, ...]
+    measure: Measure
+    present: Callable[[Results], tuple[Section, ...]]
+    """Tables and pictures of whatever is there; may be called with a part of the results."""
+    claims: Callable[[Results], tuple[Claim, ...]]
+    """Called with complete results only."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+    def __post_init__(self) -> None:
+        names = [cell.name for cell in self.cells]
+        if len(set(names)) != len(names):
+            raise ValueError(f"two cells of {self.name} have one name: {sorted(names)}")
+
+    @property
+    def total(self) -> int:
+        """Results that a complete study has."""
+        return len(self.cells) * len(self.seeds)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Findings by cell and seed; where some are missing, the study is not complete."""
+
+    study: Study
+    found: Mapping[tuple[str, int], Finding]
+
+    @property
+    def complete(self) -> bool:
+        return len(self.found) == self.study.total
+
+    def values(self, cell: str, number: str) -> list[float]:
+        """A number of a cell for each seed that is there."""
+        return [f.numbers[number] for (name, _), f in self.found.items() if name == cell and number in f.numbers]
+
+    def value(self, cell: str, number: str) -> Value:
+        """Mean and standard error over seeds; with one seed the measurement's own error; nothing for no seed."""
+        values = self.values(cell, number)
+        if not values:
+            return Value(None)
+        mean = sum(values) / len(values)
+        if len(values) == 1:
+            return Value(mean, next(iter(self.values(cell, f"{number}_error")), None))
+        variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
+        return Value(mean, math.sqrt(variance / len(values)))
+
+    def mean(self, cell: str, number: str) -> float:
+        """The mean over seeds. Raises ValueError where there is none."""
+        found = self.value(cell, number).value
+        if found is None:
+            raise ValueError(f"there is no {number} of {cell}")
+        return found
+
+    def samples(self, cell: str) -> Tensor | None:
+        """Samples of the first seed that has some."""
+        return next((f.samples for (name, _), f in self.found.items() if name == cell and f.samples is not None), None)
+
+
+def common(protocols: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """One protocol for many: what is equal in all of them once, and of what differs every value."""
+    merged: dict[str, list[Any]] = {}
+    for protocol in protocols:
+        for key, value in protocol.items():
+            seen = merged.setdefault(key, [])
+            if value not in seen:
+                seen.append(value)
+    return {key: values[0] if len(values) == 1 else _several(values) for key, values in merged.items()}
+
+
+def _several(values: Sequence[Any]) -> dict[str, Any]:
+    return {"different": sorted(values, key=json.dumps)}

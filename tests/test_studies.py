@@ -1,0 +1,304 @@
+"""Studies: nothing finished is done twice, the report says what was found, and wrong wishes get one clear line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ditkit.codecs import Vectors
+from ditkit.conditioning import Conditioning
+from ditkit.config import DitkitError, from_json, to_json
+from ditkit.data import Digits, Spiral
+from ditkit.models import MLPConfig
+from ditkit.recipe import Recipe, Sample, Train
+from ditkit.report import Value
+from ditkit.runs import Run
+from ditkit.studies import Cell, Claim, Finding, Results, Study, compare, find_study, read_results, write_report
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+LITTLE = Train(steps=4, batch=8, emas=(0.9,), log_every=2, sample_every=0, checkpoint_every=2, keep=1)
+
+
+def shrunk(study: Study, **train: Any) -> Study:
+    """The study with trainings of a few steps and short samplings."""
+    cells = tuple(
+        replace(
+            c,
+            recipe=replace(
+                c.recipe,
+                train=replace(LITTLE, **train),
+                sample=replace(c.recipe.sample, steps=2),
+                evaluate=replace(c.recipe.evaluate, samples=20, size=32),
+            ),
+        )
+        for c in study.cells
+    )
+    return replace(study, cells=cells, seeds=(0,))
+
+
+def toy(
+    measured: list[tuple[str, int]], values: dict[str, float] | None = None, seeds: tuple[int, ...] = (0, 1)
+) -> Study:
+    """Two cells of four steps whose measurement is noted in a list."""
+    base = Recipe(
+        data=Spiral(samples=50), codec=Vectors(), model=MLPConfig(hidden_size=8), train=LITTLE, sample=Sample(steps=2)
+    )
+
+    def measure(folder: Path, cell: Cell, seed: int) -> Finding:
+        measured.append((cell.name, seed))
+        newest = Run(folder).newest()
+        assert newest is not None
+        assert newest.step == 4
+        assert cell.recipe.seed == seed
+        return Finding({"height": (values or {}).get(cell.name, 1.0) + seed}, {"samples": 3, "solver": cell.name})
+
+    return Study(
+        "toy",
+        "cpu",
+        "Is it <high>?",
+        (Cell("low", base), Cell("high", replace(base, model=MLPConfig(hidden_size=16)))),
+        measure,
+        lambda results: (),
+        lambda results: (
+            Claim("high is higher", "so", results.mean("high", "height") > results.mean("low", "height")),
+        ),
+        seeds,
+    )
+
+
+def test_every_cell_and_seed_is_a_run_folder_and_nothing_is_done_twice(tmp_path: Path) -> None:
+    measured: list[tuple[str, int]] = []
+    said: list[str] = []
+    study = toy(measured, {"high": 5.0})
+    assert compare(study, tmp_path / "out", quiet=True, say=said.append)
+    assert measured == [("low", 0), ("high", 0), ("low", 1), ("high", 1)]
+    assert said[0] == "1/4 low, seed 0: height 1"
+    for cell, seed in measured:
+        run = Run(tmp_path / "out" / "runs" / f"{cell}-{seed}")
+        assert run.recipe().seed == seed
+        assert run.rows()[-1]["step"] == 4
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert compare(study, tmp_path / "out", quiet=True)
+    assert len(measured) == 4
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert compare(replace(study, seeds=(0, 1, 2)), tmp_path / "out", quiet=True)  # more seeds: only these
+    assert measured[4:] == [("low", 2), ("high", 2)]
+
+
+def test_a_cell_that_broke_off_is_done_again_and_a_finished_one_is_not(tmp_path: Path) -> None:
+    measured: list[tuple[str, int]] = []
+    study = toy(measured)
+
+    def breaks(folder: Path, cell: Cell, seed: int) -> Finding:
+        if cell.name == "high":
+            raise KeyboardInterrupt
+        return study.measure(folder, cell, seed)
+
+    with pytest.raises(KeyboardInterrupt):
+        compare(replace(study, measure=breaks), tmp_path, quiet=True)
+    assert [p.name for p in (tmp_path / "results").iterdir()] == ["low-0.json"]
+    written = (tmp_path / "results" / "low-0.json").read_bytes()
+    trained = Run(tmp_path / "runs" / "high-0").newest()
+    assert trained is not None
+    assert compare(study, tmp_path, quiet=True)
+    assert measured.count(("low", 0)) == 1
+    assert (tmp_path / "results" / "low-0.json").read_bytes() == written
+    again = Run(tmp_path / "runs" / "high-0").newest()
+    assert again is not None
+    assert again.folder.stat().st_mtime_ns == trained.folder.stat().st_mtime_ns  # it was only measured
+
+
+def test_cells_of_one_run_share_its_training(tmp_path: Path) -> None:
+    measured: list[tuple[str, int]] = []
+    study = toy(measured, seeds=(0,))
+    low = study.cells[0].recipe
+    cells = (Cell("two", low, run="net"), Cell("three", replace(low, sample=Sample(steps=3)), run="net"))
+    study = replace(study, cells=cells, claims=lambda results: ())
+    assert compare(study, tmp_path, quiet=True)
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["net-0"]
+    assert [name for name, _ in measured] == ["two", "three"]
+    with pytest.raises(ValueError, match="one name"):
+        replace(study, cells=(cells[0], cells[0]))
+
+
+def test_another_study_preset_or_recipe_is_refused_and_nothing_is_touched(tmp_path: Path) -> None:
+    study = toy([], seeds=(0,))
+    compare(study, tmp_path / "out", quiet=True)
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    other = replace(study.cells[0], recipe=replace(study.cells[0].recipe, train=replace(LITTLE, steps=6)))
+    for wrong, says in (
+        (replace(study, name="other"), "holds the study toy"),
+        (replace(study, preset="full"), "preset cpu, not toy with full"),
+        (replace(study, cells=(other, study.cells[1])), "another recipe: train.steps is 4, not 6"),
+    ):
+        with pytest.raises(DitkitError, match=says):
+            compare(wrong, tmp_path / "out", quiet=True)
+    assert before == {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("dear")
+    with pytest.raises(DitkitError, match="not empty"):
+        compare(study, tmp_path / "mine", quiet=True)
+    with pytest.raises(DitkitError, match="no results"):
+        write_report(study, tmp_path / "nowhere")
+    (tmp_path / "out" / "results" / "low-0.json").write_text('{"recipe": ')
+    with pytest.raises(DitkitError, match=r"low-0\.json cannot be read.*delete it"):
+        read_results(study, tmp_path / "out")
+
+
+def test_a_report_of_a_part_says_that_it_is_one_and_a_whole_one_judges(tmp_path: Path) -> None:
+    study = toy([], {"high": 5.0})
+    compare(replace(study, seeds=(0,)), tmp_path, quiet=True)
+    write_report(study, tmp_path)
+    part = json.loads((tmp_path / "report.json").read_text())
+    assert part["complete"] is False
+    assert part["expectations"] == []
+    assert "2 of 4 results are there" in (tmp_path / "report.md").read_text()
+    compare(study, tmp_path, quiet=True)
+    page = write_report(study, tmp_path)[0].read_text()
+    whole = json.loads((tmp_path / "report.json").read_text())
+    assert whole["complete"] is True
+    assert whole["expectations"] == [{"text": "high is higher", "found": "so", "holds": True}]
+    assert {(r["cell"], r["seed"]) for r in whole["results"]} == {(c, s) for c in ("low", "high") for s in (0, 1)}
+    assert "Is it &lt;high&gt;?" in page
+    protocol = whole["protocol"]
+    assert protocol["seeds"] == [0, 1]
+    assert protocol["train"]["steps"] == 4
+    assert protocol["measurement"]["samples"] == 3
+    assert protocol["measurement"]["solver"] == {"different": ["high", "low"]}
+    assert set(protocol["measurement"]["versions"]) == {"torch", "python", "commit"}
+    assert from_json(whole["recipes"]["high"]) == study.cells[1].recipe
+
+
+def test_errors_are_standard_errors_over_seeds() -> None:
+    study = toy([], seeds=(0, 1, 2))
+    found = {("low", seed): Finding({"height": float(v)}, {}) for seed, v in enumerate((1, 2, 6))}
+    results = Results(study, {**found, ("high", 0): Finding({"height": 4.0, "height_error": 0.5}, {})})
+    assert results.value("low", "height").value == pytest.approx(3)
+    assert results.value("low", "height").error == pytest.approx(7**0.5 / 3**0.5)  # variance 7 of three values
+    assert results.value("high", "height") == Value(4.0, 0.5)
+    assert results.value("high", "width") == Value(None)
+    assert not results.complete
+    with pytest.raises(ValueError, match="no width of high"):
+        results.mean("high", "width")
+
+
+def test_the_manifold_study_runs_and_its_report_has_all_parts(tmp_path: Path) -> None:
+    study = shrunk(find_study("manifold"))
+    assert compare(study, tmp_path, quiet=True)
+    written = {p.name for p in write_report(study, tmp_path)}
+    assert written == {"report.html", "report.md", "report.json", "samples.png", "distance.png"}
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert len(report["results"]) == 12
+    assert len(report["expectations"]) == 5
+    assert report["protocol"]["measurement"]["sampling"]["solver"] == {"type": "solver/euler"}
+    text = (tmp_path / "report.md").read_text()
+    assert all(f"| {d} | " in text for d in (2, 8, 16, 512))
+
+
+def test_the_paper_s_numbers_are_in_the_manifold_study() -> None:
+    for preset in ("cpu", "full"):
+        study = find_study("manifold", preset)
+        assert [c.recipe.data.dimension for c in study.cells] == [d for d in (2, 8, 16, 512) for _ in range(3)]
+        assert all((c.recipe.model.depth, c.recipe.model.hidden_size) == (5, 256) for c in study.cells)
+        assert {c.recipe.objective.loss_space for c in study.cells} == {"velocity"}
+        assert [c.recipe.denoiser.prediction for c in study.cells[:3]] == ["x0", "eps", "velocity"]
+        # a cell differs from the next in its dimension and its prediction, and in nothing else
+        same = {
+            json.dumps(to_json(replace(c.recipe, data=Spiral(), denoiser=study.cells[0].recipe.denoiser)))
+            for c in study.cells
+        }
+        assert len(same) == 1
+
+
+def test_distances_to_the_spiral_are_exact_in_and_out_of_its_plane() -> None:
+    for dimension in (2, 16):
+        data = Spiral(dimension=dimension)
+        basis = data.basis().double()
+        torch.testing.assert_close(basis.T @ basis, torch.eye(2, dtype=torch.float64), atol=1e-6, rtol=0)
+        opened = data.open()
+        points = opened.heldout.batch(torch.arange(300)).data
+        inside, away = data.distances(points)
+        assert float(inside.max()) < 2.4e-3
+        assert float(away.max()) < 1e-6
+        assert float(points.norm(dim=1).max()) <= data.radius + 1e-5
+        moved = points.double()
+        if dimension > 2:
+            normal = torch.randn(dimension, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+            normal -= basis @ (basis.T @ normal)
+            moved = moved + 0.5 * normal / normal.norm()
+            inside, away = data.distances(moved)
+            torch.testing.assert_close(away, torch.full_like(away, 0.5), atol=1e-6, rtol=0)
+            assert float(inside.max()) < 2.4e-3
+    outer = Spiral(radius=3.0)
+    inside, _ = outer.distances(torch.tensor([[0.0, 0.0], [3.0, 0.0]]))
+    assert float(inside[0]) == pytest.approx(1.0, abs=0.01)  # the inner end is at a third of the radius
+    with pytest.raises(DitkitError, match="dimension is at least 2"):
+        Spiral(dimension=1)
+
+
+def test_the_mlp_sees_its_time_and_refuses_what_it_is_not_for() -> None:
+    config = MLPConfig(dimension=3, hidden_size=16)
+    model, x = config.build(seed=1), torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    assert len(model.layers) == 5
+    early, late = (model(x, torch.full((4,), t), Conditioning()) for t in (0.1, 0.9))
+    assert early.shape == (4, 3)
+    assert not torch.allclose(early, late)
+    assert torch.equal(early, config.build(seed=1)(x, torch.full((4,), 0.1), Conditioning()))
+    assert not torch.equal(early, config.build(seed=2)(x, torch.full((4,), 0.1), Conditioning()))
+    with pytest.raises(ValueError, match="dimension 3"):
+        model(x[:, :2], torch.zeros(4), Conditioning())
+    sites: list[str] = []
+    model(x, torch.zeros(4), Conditioning(), edit=lambda site, block, h, *args: sites.append(site) or block(h))
+    assert sites == [f"layers.{i}" for i in range(5)]
+    with pytest.raises(DitkitError, match="depth is at least 2"):
+        MLPConfig(depth=1)
+    with pytest.raises(DitkitError, match="vectors without classes"):
+        Recipe(data=Digits(), model=MLPConfig()).fitted(Digits().open())
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("compare", "STUDY"),
+        ("compare manyfold", "did you mean manifold"),
+        ("compare manifold --preset gpu", "did you mean cpu?"),
+        ("compare manifold --seeds 0", "at least 1"),
+        ("compare manifold --seed 1 --out", "--out"),
+        ("compare manifold --report", "holds no results"),
+    ],
+)
+def test_wrong_wishes_get_one_clear_line(words: str, says: str, ditkit: Command, tmp_path: Path) -> None:
+    done = ditkit(*words.split())
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_study_that_is_stopped_goes_on_without_losing_a_step(number: int, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "ditkit", "compare", "manifold", "--seeds", "1", "--quiet", "--out", "out"]
+    with subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=os.environ) as process:
+        log, begun = tmp_path / "out" / "runs" / "d2-x0-0" / "log.jsonl", time.monotonic()
+        while not (log.exists() and log.read_text().count("\n") >= 2) and time.monotonic() - begun < 120:
+            time.sleep(0.1)
+        process.send_signal(number)
+        said = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, said
+    assert "stopped; the same command goes on from here" in said
+    assert "Traceback" not in said
+    newest = Run(tmp_path / "out" / "runs" / "d2-x0-0").newest()
+    assert newest is not None
+    assert newest.step >= 100  # two rows of fifty steps
+    assert not (tmp_path / "out" / "results").exists()
