@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -13,7 +13,20 @@ from torch.testing import assert_close
 
 from ditkit.conditioning import Conditioning, Tokens
 from ditkit.config import DitkitError
-from ditkit.diffusion import CFG, DDPM, Ancestral, Guide, Heun, Linear, Meaning, Prediction, guide, integrate
+from ditkit.diffusion import (
+    CFG,
+    DDPM,
+    Ancestral,
+    Guide,
+    Heun,
+    Linear,
+    Meaning,
+    Moment,
+    Opinion,
+    Prediction,
+    guide,
+    integrate,
+)
 from ditkit.rng import Rng
 
 
@@ -117,7 +130,7 @@ def test_jits_interval_in_its_own_time() -> None:
         for k in range(50):
             theirs = k / 50
             wanted = theirs < high - 1e-9 and (low == 0 or theirs > low + 1e-9)
-            assert (rule.weight(1 - theirs) != 0) == wanted, (low, high, theirs)
+            assert (rule.weight(Moment(1 - theirs, Linear(), ())) != 0) == wanted, (low, high, theirs)
 
 
 def test_only_the_first_channels_are_guided() -> None:
@@ -161,27 +174,26 @@ def test_several_guides_add_up_each_in_its_own_interval_and_in_one_batch() -> No
 
 def test_a_guide_of_ones_own_is_a_rule_a_weight_and_a_weak_opinion() -> None:
     @dataclass(frozen=True)
-    class Rescaled:
+    class Rescaled(Guide):
         """The direction of guidance, with the length of the strong opinion."""
 
-        def weak(self, cond: Conditioning) -> Conditioning:
-            assert cond.label is not None
-            return Conditioning(label=cond.label + 1)
+        def weak(self, strong: Opinion) -> Opinion:
+            assert strong.cond.label is not None
+            return replace(strong, cond=Conditioning(label=strong.cond.label + 1))
 
-        def weight(self, t: float) -> float:
-            return t
+        def weight(self, at: Moment) -> float:
+            return self.scale * at.t
 
-        def rule(self, strong: Tensor, weak: Tensor) -> Tensor:
-            return (strong - weak) * strong.norm() / (strong - weak).norm()
+        def rule(self, strong: Tensor, weak: Tensor, memory: Any) -> tuple[Tensor, Any]:
+            return (strong - weak) * strong.norm() / (strong - weak).norm(), memory
 
-    assert isinstance(Rescaled(), Guide)
     network, x = Network(), images()
-    got = guided(network, Rescaled())(x, 0.4).out
+    got = guided(network, Rescaled(1.0))(x, 0.4).out
     assert network.seen == [[2, 0, 1, 3, 1, 2]]
     strong = opinion(network, x, 0.4, LABELS).out
     assert float((got - strong).norm()) == pytest.approx(0.4 * float(strong.norm()))
     network.seen.clear()
-    guided(network, Rescaled())(x, 0.0)
+    guided(network, Rescaled(1.0))(x, 0.0)
     assert network.seen == [[2, 0, 1]]
 
 

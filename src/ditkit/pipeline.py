@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .conditioning import Given
 from .config import DitkitError, near, registered_as
-from .diffusion import CFG, check_grid, guide, integrate
+from .diffusion import Autoguidance, ClassifierFree, Denoiser, Guided, check_grid, guide, integrate
 from .models import Model
 from .recipe import Recipe, Sample, device_of
 from .rng import Rng
@@ -30,6 +30,7 @@ class Pipeline:
         """shape: of one encoded sample; origin: where the weights come from, for protocols."""
         self.recipe, self.model, self.shape, self.origin = recipe, model.eval(), tuple(shape), origin
         self.denoiser = recipe.denoiser.of(self.model)
+        self._loaded: dict[str, Denoiser] = {}
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -89,19 +90,59 @@ class Pipeline:
                 raise DitkitError(f"sampling has no setting {name!r}: {near(name, known)}")
         if "ema" in changes:
             raise DitkitError("the weights are chosen when a pipeline is loaded: ditkit.load(run, ema=...)")
-        if "interval" in changes:
-            changes["interval"] = tuple(changes["interval"])
+        for name in ("interval", "guides"):
+            if name in changes:
+                changes[name] = tuple(changes[name])
         chosen = dataclasses.replace(self.recipe.sample, **changes)
-        if chosen.guidance != 1 and not self.classes:
-            raise DitkitError("this model is unconditional and cannot be guided by classes: use guidance 1")
+        away = [registered_as(g)[1] for g in chosen.guides if isinstance(g, ClassifierFree)]
+        if away and chosen.guidance != 1:
+            raise DitkitError(
+                f"guidance {chosen.guidance:g} and {', '.join(away)} both guide away from the null: set guidance to 1, "
+                "or name cfg among the guides if you mean their sum"
+            )
+        if chosen.finish is not None and not chosen.all_guides():
+            raise DitkitError("sample.finish is for what guides have done, and there is none: add guidance or a guide")
+        if not self.classes and (away or chosen.guidance != 1):
+            raise DitkitError(
+                "this model is unconditional and cannot be guided by classes: use guidance 1, or a guide that needs no "
+                "classes (autoguidance, perturbed_attention, skip_layer)"
+            )
         return chosen
 
     def check(self, **settings: Any) -> tuple[Sample, tuple[float, ...]]:
         """Settings and times of a sampling. Raises DitkitError for settings that cannot work with this model."""
         chosen = self.settings(**settings)
         times = chosen.grid(chosen.steps, self.denoiser.path, self.recipe.model.length)
-        check_grid(self.denoiser, chosen.solver, times, f"the grid {registered_as(chosen.grid)[1]!r}")
+        check_grid(self.guided(chosen, 1), chosen.solver, times, f"the grid {registered_as(chosen.grid)[1]!r}")
         return chosen, times
+
+    def guided(self, chosen: Sample, count: int) -> Denoiser | Guided:
+        """The denoiser with the chosen guides for a batch of `count`. Raises DitkitError for what cannot guide it."""
+        null = self.recipe.conditioner.null(count).to(self.device)
+        guides = []
+        for g in chosen.all_guides():
+            if isinstance(g, ClassifierFree) and g.null is None:
+                g = dataclasses.replace(g, null=null)
+            if isinstance(g, Autoguidance) and isinstance(g.weaker, str):
+                g = dataclasses.replace(g, weaker=self._weaker(g.weaker))
+            guides.append(g)
+        return guide(self.denoiser, *guides, finish=chosen.finish)
+
+    def _weaker(self, run: str) -> Denoiser:
+        """The denoiser of another run, loaded once. Raises DitkitError if it is of other samples or classes."""
+        if run not in self._loaded:
+            if not run:
+                raise DitkitError("autoguidance needs the run of a weaker model, as in weaker=runs/small")
+            dtype = "bf16" if next(self.model.parameters()).dtype == torch.bfloat16 else "fp32"
+            other = load(run, device=str(self.device), dtype=dtype)
+            for what, mine, theirs in (
+                ("samples of shape", self.shape, other.shape),
+                ("the classes", self.classes, other.classes),
+            ):
+                if mine != theirs:
+                    raise DitkitError(f"{run} cannot guide this model: it has {what} {theirs} instead of {mine}")
+            self._loaded[run] = other.denoiser
+        return self._loaded[run]
 
     def labels(self, label: Any, count: int) -> Tensor | None:
         """One class index per sample; None for an unconditional model. Raises DitkitError."""
@@ -133,15 +174,10 @@ class Pipeline:
         seed: int,
         tick: Callable[[int, Tensor], None],
     ) -> Shaped[Tensor, "b *sample"]:
-        conditioner = self.recipe.conditioner
-        cond = conditioner(Given(labels)).to(self.device)
-        guides = []
-        if chosen.guidance != 1:
-            null = conditioner.null(len(ids)).to(self.device)
-            guides.append(CFG(chosen.guidance, null, chosen.interval, chosen.channels))
+        cond = self.recipe.conditioner(Given(labels)).to(self.device)
         rng = Rng(seed).at(0, ids.to(self.device))
         x = self.denoiser.prior(rng, self.shape)
-        out = integrate(guide(self.denoiser, *guides), chosen.solver, times, x, cond, rng, tick)
+        out = integrate(self.guided(chosen, len(ids)), chosen.solver, times, x, cond, rng, tick)
         if not bool(torch.isfinite(out).all()):
             raise DitkitError("sampling gave numbers that are not finite: use more steps or less guidance")
         return self.recipe.codec.decode(out).cpu()

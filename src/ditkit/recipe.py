@@ -11,8 +11,7 @@ import torch
 from . import models  # the registry must know every model before a recipe is read
 from .codecs import Pixels
 from .conditioners import Label
-from .conditioning import Conditioning
-from .config import DitkitError, from_json, lookup, register, registered_as, to_json
+from .config import DitkitError, from_json, lookup, names, register, registered_as, to_json
 from .data import Dataset, Digits
 from .diffusion import CFG, Heun, LogitNormal, Meaning, Regression
 from .diffusion.grid import Uniform as UniformGrid
@@ -89,6 +88,10 @@ class Sample:
     """Guided where low < t < high, t = 1 being noise."""
     channels: int | None = None
     """Guide only the first channels (DiT: 3 of 4)."""
+    guides: tuple[Any, ...] = ()
+    """Other guides, which add up: apg, autoguidance, cfg, cfg_pp, cfg_zero_star, perturbed_attention, skip_layer."""
+    finish: Any = None
+    """rescale: what is done with the sum of all guides."""
     ema: float | None = None
     """Which of the averaged weights; None = the first, 0 = the weights themselves."""
     batch: int = 64
@@ -104,7 +107,16 @@ class Sample:
         if self.batch < 1:
             raise DitkitError(f"sample.batch must be at least 1, not {self.batch}")
         # what CFG accepts, said before anything is trained
-        CFG(self.guidance, Conditioning(), self.interval, self.channels)
+        CFG(self.guidance, interval=self.interval, channels=self.channels)
+        for kind, configs in (("guide", self.guides), ("finish", () if self.finish is None else (self.finish,))):
+            for config in configs:
+                if registered_as(config)[0] != kind:
+                    raise DitkitError(f"{registered_as(config)[1]} is not a {kind}: {', '.join(names(kind))} are")
+
+    def all_guides(self) -> tuple[Any, ...]:
+        """Plain guidance, where its scale is not 1, and the others."""
+        plain = CFG(self.guidance, interval=self.interval, channels=self.channels)
+        return self.guides if self.guidance == 1 else (plain, *self.guides)
 
 
 @register("settings", "gate")

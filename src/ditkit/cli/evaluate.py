@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .configs import guidance_arguments, guidance_settings
+
 __all__ = ["arguments", "run"]
 
 
@@ -15,8 +17,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="a run folder; its report is written into it")
     parser.add_argument("--samples", type=int, help="how many samples to draw")
     parser.add_argument("--steps", type=int, help="solver steps")
-    parser.add_argument("--guidance", type=float, help="scale of classifier-free guidance, 1 = none")
-    parser.add_argument("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guided where LOW < t < HIGH")
+    guidance_arguments(parser)
     parser.add_argument("--solver", help="euler, heun, ddim, ddpm")
     parser.add_argument("--batch", type=int, help="images computed at once")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples")
@@ -31,8 +32,9 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     folder = Run(args.run)
     folder.recipe()  # the report needs a run, not only a checkpoint
     curve(folder.rows())  # and the package that draws it: better said now than after the work
-    names = ("steps", "guidance", "interval", "solver", "batch")
-    settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    names = ("steps", "solver", "batch")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    settings = {**given, **guidance_settings(args)}
     found = evaluate(
         args.run,
         samples=args.samples,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import DitkitError
+from .configs import guidance_arguments, guidance_settings
 
 __all__ = ["arguments", "run"]
 
@@ -21,8 +22,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--count", type=int, default=16, help="how many samples (default: 16)")
     parser.add_argument("--steps", type=int, help="solver steps")
-    parser.add_argument("--guidance", type=float, help="scale of classifier-free guidance, 1 = none")
-    parser.add_argument("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guided where LOW < t < HIGH")
+    guidance_arguments(parser)
     parser.add_argument("--solver", help="euler, heun, ddim, ddpm")
     parser.add_argument("--seed", type=int, default=0, help="sample i depends on the seed, i and its label alone")
     parser.add_argument("--ema", type=float, help="decay of the averaged weights to use, 0 = the weights themselves")
@@ -52,8 +52,9 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from ..sheet import rendered, suffix
 
     pipeline = load(args.run, ema=args.ema, device=args.device, dtype=args.dtype)
-    names = ("steps", "guidance", "interval", "solver", "batch")
-    settings: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    names = ("steps", "solver", "batch")
+    given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    settings = {**given, **guidance_settings(args)}
     label = None if args.label is None else args.label[0] if len(args.label) == 1 else args.label
     with tqdm(unit="step", leave=False, dynamic_ncols=True) as bar:
 

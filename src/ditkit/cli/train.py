@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import DitkitError
+from .configs import read
 
 if TYPE_CHECKING:
     from ..recipe import Recipe
@@ -61,7 +62,7 @@ def override(recipe: Recipe, words: Sequence[str], prog: str) -> Recipe:
     import tyro
 
     words = list(words)
-    recipe = _choose(recipe, words)
+    recipe = _choose(_guides(recipe, words), words)
     for word in words:
         if word.split("=")[0].replace("_", "-") in FROM_DATA:
             raise DitkitError(f"{word} follows from the data and cannot be set; --data.resolution sets the size")
@@ -76,6 +77,21 @@ def override(recipe: Recipe, words: Sequence[str], prog: str) -> Recipe:
         if not stop.code:
             raise
         raise DitkitError(_one_line(said.getvalue())) from None
+
+
+def _guides(recipe: Recipe, words: list[str]) -> Recipe:
+    """Apply `--sample.guides apg scale=4 ...`, up to the next option, and take these words out of the list."""
+    from dataclasses import replace
+
+    if "--sample.guides" not in words:
+        return recipe
+    first = words.index("--sample.guides")
+    last = next((i for i, word in enumerate(words) if i > first and word.startswith("--")), len(words))
+    guides = read("guide", words[first + 1 : last])
+    if not guides:
+        raise DitkitError("--sample.guides takes names and fields, as in --sample.guides apg scale=4")
+    del words[first:last]
+    return replace(recipe, sample=replace(recipe.sample, guides=guides))
 
 
 def _choose(recipe: Any, words: list[str]) -> Any:

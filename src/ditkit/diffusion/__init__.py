@@ -2,7 +2,23 @@
 
 from .denoiser import Denoise, Denoiser, Meaning, Prediction
 from .grid import Grid
-from .guidance import CFG, Guide, Guided, guide
+from .guidance import (
+    APG,
+    CFG,
+    CFGPP,
+    Autoguidance,
+    CFGZeroStar,
+    ClassifierFree,
+    Finish,
+    Guide,
+    Guided,
+    Moment,
+    Opinion,
+    PerturbedAttention,
+    Rescale,
+    SkipLayer,
+    guide,
+)
 from .objective import (
     P2,
     Cosmap,
@@ -26,7 +42,9 @@ from .solvers import DDIM, Ancestral, Euler, Heun, Solver, check_grid, integrate
 from .space import SPACES, det, reading, row, singular_ends
 
 __all__ = [
+    "APG",
     "CFG",
+    "CFGPP",
     "DDIM",
     "DDPM",
     "GVP",
@@ -36,10 +54,14 @@ __all__ = [
     "VP",
     "Ancestral",
     "Cosmap",
+    "Autoguidance",
+    "CFGZeroStar",
+    "ClassifierFree",
     "Denoise",
     "Denoiser",
     "Discrete",
     "Euler",
+    "Finish",
     "Grid",
     "Guide",
     "Guided",
@@ -53,11 +75,16 @@ __all__ = [
     "Meaning",
     "MinSNR",
     "Mode",
+    "Moment",
     "Objective",
+    "Opinion",
     "Path",
+    "PerturbedAttention",
     "Posterior",
     "Prediction",
     "Regression",
+    "Rescale",
+    "SkipLayer",
     "Solver",
     "Time",
     "TimeSampler",
