@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -220,7 +220,7 @@ class _Network:
         outs = prediction.out.split(self.b)
         extras = [None] * len(asked) if prediction.extra is None else prediction.extra.split(self.b)
         return {
-            number: Prediction(out, x, prediction.t, prediction.path, prediction.space, prediction.t_eps, extra)
+            number: replace(prediction, out=out, x=x, extra=extra)
             for number, out, extra in zip(asked, outs, extras, strict=True)
         }
 
