@@ -11,7 +11,7 @@ import torch
 from . import models  # the registry must know every model before a recipe is read
 from .codecs import Pixels
 from .conditioners import Label
-from .config import DitkitError, from_json, lookup, names, register, registered_as, to_json
+from .config import DitkitError, from_json, lookup, register, registered_as, to_json
 from .data import Dataset, Digits
 from .diffusion import CFG, Heun, LogitNormal, Meaning, Regression
 from .diffusion.grid import Uniform as UniformGrid
@@ -75,7 +75,7 @@ class Train:
 @register("settings", "sample")
 @dataclass(frozen=True)
 class Sample:
-    """How samples are drawn, unless said otherwise when they are. A solver or grid may be given by its name alone."""
+    """How samples are drawn, unless said otherwise. Solver, grid and finish may be given by their names alone."""
 
     steps: int = 50
     solver: Any = Heun()
@@ -97,21 +97,20 @@ class Sample:
     batch: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("solver", "grid"):
+        for name in ("solver", "grid", "finish"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, lookup(name, getattr(self, name))())
-            if registered_as(getattr(self, name))[0] != name:
-                raise DitkitError(f"sample.{name} cannot be a {registered_as(getattr(self, name))[0]}")
+        configs = [("solver", self.solver), ("grid", self.grid), *(("guides", g) for g in self.guides)]
+        for name, config in [*configs, *([("finish", self.finish)] if self.finish is not None else [])]:
+            kind = registered_as(config)[0]
+            if kind != name.removesuffix("s"):
+                raise DitkitError(f"sample.{name} cannot be a {kind}")
         if not isinstance(self.steps, int) or self.steps < 1:
             raise DitkitError(f"sampling takes at least 1 step, not {self.steps}")
         if self.batch < 1:
             raise DitkitError(f"sample.batch must be at least 1, not {self.batch}")
         # what CFG accepts, said before anything is trained
         CFG(self.guidance, interval=self.interval, channels=self.channels)
-        for kind, configs in (("guide", self.guides), ("finish", () if self.finish is None else (self.finish,))):
-            for config in configs:
-                if registered_as(config)[0] != kind:
-                    raise DitkitError(f"{registered_as(config)[1]} is not a {kind}: {', '.join(names(kind))} are")
 
     def all_guides(self) -> tuple[Any, ...]:
         """Plain guidance, where its scale is not 1, and the others."""

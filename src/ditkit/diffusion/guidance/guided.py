@@ -241,11 +241,11 @@ class Guided:
         for g in self.guides:
             g.check(denoiser, ())
 
-    def check(self, visited: Iterable[float], needs: Iterable[str]) -> None:
+    def check(self, visited: Iterable[float], needs: Iterable[str], visitor: str = "this grid") -> None:
         """Raises DitkitError if what the solver or a rule reads is singular at a visited time."""
         visited = tuple(visited)
         spaces = {g.rule_space for g in self.guides} | {self.finish.space if self.finish else None}
-        self.denoiser.check(visited, {*needs, *(space for space in spaces if space is not None)})
+        self.denoiser.check(visited, (*needs, *sorted(space for space in spaces if space is not None)), visitor)
         for g in self.guides:
             g.check(self.denoiser, visited)
 
