@@ -1,6 +1,7 @@
 """Paths, spaces, denoisers, objectives, grids, solvers and guides; knows no layer and no model."""
 
 from .denoiser import Denoise, Denoiser, Meaning, Prediction
+from .discrete import CrossEntropy, GeneralisedKL, Jumps, TokenDenoiser, TokenMeaning, TokenPrediction
 from .grid import Grid
 from .guidance import (
     APG,
@@ -19,6 +20,7 @@ from .guidance import (
     SkipLayer,
     guide,
 )
+from .keep import Kept, keep
 from .objective import (
     P2,
     Cosmap,
@@ -40,6 +42,7 @@ from .path import DDPM, GVP, VE, VP, Linear, Path, Time, log_snr
 from .posterior import Posterior, posterior
 from .solvers import DDIM, Ancestral, Euler, Heun, Solver, check_grid, integrate
 from .space import SPACES, det, reading, row, singular_ends
+from .token_path import DraxPath, Gumbel, Mixture, TokenPath, corrupt, jumps, marginal, pick, soften
 
 __all__ = [
     "APG",
@@ -57,15 +60,21 @@ __all__ = [
     "CFGZeroStar",
     "ClassifierFree",
     "Cosmap",
+    "CrossEntropy",
     "Denoise",
     "Denoiser",
     "Discrete",
+    "DraxPath",
     "Euler",
     "Finish",
+    "GeneralisedKL",
     "Grid",
     "Guide",
     "Guided",
+    "Gumbel",
     "Heun",
+    "Jumps",
+    "Kept",
     "Likelihood",
     "Linear",
     "LogNormal",
@@ -74,6 +83,7 @@ __all__ = [
     "Loss",
     "Meaning",
     "MinSNR",
+    "Mixture",
     "Mode",
     "Moment",
     "Objective",
@@ -88,15 +98,25 @@ __all__ = [
     "Solver",
     "Time",
     "TimeSampler",
+    "TokenDenoiser",
+    "TokenMeaning",
+    "TokenPath",
+    "TokenPrediction",
     "Uniform",
     "Weighting",
     "check_grid",
+    "corrupt",
     "det",
     "guide",
     "integrate",
+    "jumps",
+    "keep",
     "log_snr",
+    "marginal",
+    "pick",
     "posterior",
     "reading",
     "row",
     "singular_ends",
+    "soften",
 ]

@@ -204,6 +204,8 @@ class Denoiser:
         visitor: who goes there, for the message ("the grid 'uniform'").
         """
         needs = tuple(needs)
+        for space in needs:
+            check_space(space)
         if self.t_eps > 0 or all(space == self.prediction for space in needs):
             return
         visited = set(visited)
