@@ -36,6 +36,7 @@ class Cost:
     """Billions of multiply-accumulates of one forward pass of one sample: linear layers, convolutions and both products
     of attention."""
     shape: tuple[int, ...]
+    vocab: int
     batch: int
     dtype: str
     weights: int
@@ -51,10 +52,14 @@ def _given(config: Any, batch: int) -> Conditioning:
     return Conditioning(label=torch.zeros(batch, dtype=torch.long)) if classes else Conditioning()
 
 
+def _x(config: ModelConfig, batch: int, shape: tuple[int, ...]) -> Tensor:
+    return torch.zeros(batch, *shape, dtype=torch.long) if config.vocab else torch.empty(batch, *shape)
+
+
 def gmacs(config: ModelConfig, shape: tuple[int, ...]) -> float:
-    """Billions of multiply-accumulates of one forward pass of one sample of `shape` [c h w]."""
+    """Billions of multiply-accumulates of one forward pass of one sample of `shape`."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        config.build()(torch.empty(1, *shape), torch.empty(1), _given(config, 1))
+        config.build()(_x(config, 1, shape), torch.empty(1), _given(config, 1))
     return counter.get_total_flops() / 2e9
 
 
@@ -103,18 +108,16 @@ def cost(config: ModelConfig, *, resolution: int | None = None, batch: int = 1, 
         raise DitkitError(f"the dtype is bf16 or fp32, not {dtype!r}")
     if batch < 1:
         raise DitkitError(f"the batch is at least 1, not {batch}")
-    fields: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}  # type: ignore[arg-type]
+    patch = getattr(config, "patch_size", 1)
     if resolution is not None:
-        patch = fields.get("patch_size", 1)
+        if config.vocab:
+            raise DitkitError("a model of tokens has no resolution")
         if resolution < patch or resolution % patch:
             raise DitkitError(f"a resolution of {resolution} is not tiled by patches of {patch}")
         config = dataclasses.replace(config, input_size=resolution)  # type: ignore[type-var]
-        fields["input_size"] = resolution
-    size = fields["input_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    if height % fields.get("patch_size", 1) or width % fields.get("patch_size", 1):
-        raise DitkitError(f"an input_size of {height} x {width} is not tiled by patches of {fields['patch_size']}")
-    shape = (fields["in_channels"], height, width)
+    shape = config.shape
+    if any(side % patch for side in shape[1:]):
+        raise DitkitError(f"an input_size of {shape[1]} x {shape[2]} is not tiled by patches of {patch}")
     with torch.device("meta"):
         parameters = list(config.build().parameters())
     count = sum(p.numel() for p in parameters)
@@ -126,6 +129,7 @@ def cost(config: ModelConfig, *, resolution: int | None = None, batch: int = 1, 
         trainable=trainable,
         gmacs=gmacs(config, shape),
         shape=shape,
+        vocab=config.vocab,
         batch=batch,
         dtype=dtype,
         weights=weights,
@@ -142,7 +146,7 @@ def _memory(config: ModelConfig, shape: tuple[int, ...], batch: int, dtype: str)
         model = config.build()
     with FakeTensorMode():
         weights = {name: torch.empty(p.shape, requires_grad=p.requires_grad) for name, p in model.named_parameters()}
-        x, t, given = torch.empty(batch, *shape), torch.empty(batch), _given(config, batch)
+        x, t, given = _x(config, batch, shape), torch.empty(batch), _given(config, batch)
 
         def step() -> None:
             with torch.autocast("cpu", torch.bfloat16, enabled=low):
@@ -151,7 +155,10 @@ def _memory(config: ModelConfig, shape: tuple[int, ...], batch: int, dtype: str)
 
         training = peak_bytes(step)
         if low:
-            weights, x = {name: w.detach().bfloat16() for name, w in weights.items()}, x.bfloat16()
+            weights, x = (
+                {name: w.detach().bfloat16() for name, w in weights.items()},
+                x if config.vocab else x.bfloat16(),
+            )
         with torch.no_grad():
             sampling = peak_bytes(lambda: functional_call(model, weights, (x, t, given)))
     return sampling, training

@@ -7,11 +7,17 @@ from collections.abc import Sequence
 
 from ..config import DitkitError
 
-__all__ = ["arguments", "run"]
+__all__ = ["arguments", "described", "run"]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pattern", metavar="GLOB", nargs="?", default="*", help='such as "jit_*_16" (default: all)')
+
+
+def described(shape: Sequence[int], vocab: int) -> str:
+    """The x that a model takes, in words."""
+    size = " x ".join(map(str, shape))
+    return f"{size} tokens of {vocab} kinds" if vocab else size
 
 
 def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -26,7 +32,8 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     with torch.device("meta"):
         for name in found:
             model = create_model(name)
-            size, channels = model.config.input_size, model.config.in_channels
             count = sum(p.numel() for p in model.parameters()) / 1e6
-            print(f"{name:<{width}} {count:>8.1f}M parameters, input {channels} x {size} x {size}")
+            print(
+                f"{name:<{width}} {count:>8.1f}M parameters, input {described(model.config.shape, model.config.vocab)}"
+            )
     return 0

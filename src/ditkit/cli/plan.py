@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from .models import described
+
 __all__ = ["arguments", "run"]
 
 
@@ -20,8 +22,7 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from ..plan import cost
 
     c = cost(model_config(args.model), resolution=args.resolution, batch=args.batch, dtype=args.dtype)
-    channels, height, width = c.shape
-    print(f"{args.model}: input {channels} x {height} x {width}, batch {c.batch}, {c.dtype}")
+    print(f"{args.model}: input {described(c.shape, c.vocab)}, batch {c.batch}, {c.dtype}")
     millions = f"{c.parameters / 1e6:.1f}M, of which {c.trainable:,} are trained"
     print(f"parameters             {c.parameters:>15,}   ({millions})")
     print(f"compute                {c.gmacs:>15,.2f}   GMACs for one forward pass of one sample")

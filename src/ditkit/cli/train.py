@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 __all__ = ["arguments", "run"]
 
-FROM_DATA = ("--model.input-size", "--model.in-channels", "--model.num-classes", "--conditioner.classes")
+FROM_DATA = (
+    *("--model.input-size", "--model.in-channels", "--model.num-classes", "--model.length", "--model.vocab"),
+    *("--conditioner.classes", "--codec.symbols", "--denoiser.path.vocab"),
+)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from .captions import Captions
 from .dataset import Batch, Dataset, InMemory, Order, Split
 from .digits import Digits
 from .folder import Folder
 from .spiral import Spiral
 from .text import points, strings
 
-__all__ = ["Batch", "Dataset", "Digits", "Folder", "InMemory", "Order", "Spiral", "Split", "points", "strings"]
+__all__ = [
+    "Batch",
+    "Captions",
+    "Dataset",
+    "Digits",
+    "Folder",
+    "InMemory",
+    "Order",
+    "Spiral",
+    "Split",
+    "points",
+    "strings",
+]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..conditioning import Conditioning
 from ..config import DitkitError, lookup, register
-from ..rng import Draw
+from ..rng import Draw, Rng
 from .objective import Loss, Uniform
 from .path import Time, as_time
 from .token_path import DraxPath, Mixture, TokenPath, components, corrupt, jumps, noise, pick
@@ -241,6 +241,9 @@ class CrossEntropy:
     def check(self, denoiser: Any) -> None:
         _require_tokens(denoiser)
 
+    def learn(self, denoiser: Any, rng: Rng) -> CrossEntropy:
+        return self
+
     def loss(
         self, denoiser: TokenDenoiser, x0: Int[Tensor, "b l"], cond: Conditioning, rng: Draw, data: Any = None
     ) -> Loss:
@@ -259,6 +262,9 @@ class GeneralisedKL:
 
     def check(self, denoiser: Any) -> None:
         _require_tokens(denoiser)
+
+    def learn(self, denoiser: Any, rng: Rng) -> GeneralisedKL:
+        return self
 
     def loss(
         self, denoiser: TokenDenoiser, x0: Int[Tensor, "b l"], cond: Conditioning, rng: Draw, data: Any = None

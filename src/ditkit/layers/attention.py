@@ -27,15 +27,23 @@ def attend(
 class Attention(nn.Module):
     """Self-attention with fused q, k, v as in timm's ViT: optional RMS norm of q and k per head, optional RoPE."""
 
-    def __init__(self, dim: int, heads: int, qk_norm: bool = False, attn_drop: float = 0.0, proj_drop: float = 0.0):
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        qk_norm: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        bias: bool = True,
+    ):
         super().__init__()
         if dim % heads:
             raise ValueError(f"hidden_size {dim} is not divisible by num_heads {heads}")
         self.heads, self.attn_drop = heads, attn_drop
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
         self.q_norm = RMSNorm(dim // heads) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(dim // heads) if qk_norm else nn.Identity()
-        self.proj = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim, bias=bias)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(

@@ -86,17 +86,28 @@ class AdaLNBlock(nn.Module):
 
 
 class AdaLNZeroBlock(nn.Module):
-    """Attention and MLP, each modulated before and gated after by the conditioning (DiT figure 3, adaLN-Zero)."""
+    """Attention and MLP, each modulated before and gated after by the conditioning (DiT figure 3, adaLN-Zero).
 
-    def __init__(self, dim: int, norm1: nn.Module, attn: nn.Module, norm2: nn.Module, mlp: nn.Module):
+    given: the size of the conditioning, if it is not `dim`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        norm1: nn.Module,
+        attn: nn.Module,
+        norm2: nn.Module,
+        mlp: nn.Module,
+        given: int | None = None,
+    ):
         super().__init__()
         self.norm1, self.attn, self.norm2, self.mlp = norm1, attn, norm2, mlp
-        self.adaLN_modulation = adaln(dim, 6)
+        self.adaLN_modulation = adaln(dim, 6, given)
 
     def forward(
         self,
         x: Float[Tensor, "b n d"],
-        c: Float[Tensor, "b d"],
+        c: Float[Tensor, "b g"],
         rope: Float[Tensor, "2 n hd"] | None = None,
         *,
         identity: Bool[Tensor, "b"] | None = None,
@@ -107,15 +118,15 @@ class AdaLNZeroBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """A norm, modulated unless it is not `adaptive`, and a Linear to the features of a patch."""
+    """A norm, modulated unless it is not `adaptive`, and a Linear to the features of a patch or a token."""
 
-    def __init__(self, dim: int, features: int, norm: nn.Module, adaptive: bool = True):
+    def __init__(self, dim: int, features: int, norm: nn.Module, adaptive: bool = True, given: int | None = None):
         super().__init__()
         self.norm_final = norm
         self.linear = nn.Linear(dim, features)
-        self.adaLN_modulation = adaln(dim, 2) if adaptive else None
+        self.adaLN_modulation = adaln(dim, 2, given) if adaptive else None
 
-    def forward(self, x: Float[Tensor, "b n d"], c: Float[Tensor, "b d"]) -> Float[Tensor, "b n f"]:
+    def forward(self, x: Float[Tensor, "b n d"], c: Float[Tensor, "b g"]) -> Float[Tensor, "b n f"]:
         x = self.norm_final(x)
         if self.adaLN_modulation is not None:
             shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)

@@ -28,7 +28,7 @@ def init_adaln_zero(model: nn.Module, generator: Callable[[str], Generator]) -> 
                 nn.init.zeros_(module.bias)
         elif isinstance(module, RMSNorm | nn.LayerNorm) and module.weight is not None:
             nn.init.ones_(module.weight)
-            if isinstance(module, nn.LayerNorm):
+            if isinstance(module, nn.LayerNorm) and module.bias is not None:
                 nn.init.zeros_(module.bias)
     for name, module in model.named_modules():
         if isinstance(module, TimestepEmbedder | LabelEmbedder):

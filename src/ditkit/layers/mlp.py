@@ -10,15 +10,16 @@ __all__ = ["Mlp", "SwiGLU"]
 
 
 class Mlp(nn.Module):
-    """Linear, GELU in its tanh form, Linear (DiT)."""
+    """Linear, GELU in its tanh form, Linear (DiT), and dropout of the result."""
 
-    def __init__(self, dim: int, hidden: int):
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
+        self.drop = nn.Dropout(drop)
 
     def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.drop(self.fc2(F.gelu(self.fc1(x), approximate="tanh")))
 
 
 class SwiGLU(nn.Module):

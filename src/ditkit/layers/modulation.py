@@ -8,9 +8,12 @@ from torch import Tensor, nn
 __all__ = ["adaln", "modulate"]
 
 
-def adaln(dim: int, chunks: int) -> nn.Sequential:
-    """SiLU and a Linear to `chunks` vectors of size `dim`; zero-initialised by the model for adaLN-Zero."""
-    return nn.Sequential(nn.SiLU(), nn.Linear(dim, chunks * dim))
+def adaln(dim: int, chunks: int, given: int | None = None) -> nn.Sequential:
+    """SiLU and a Linear to `chunks` vectors of size `dim`; zero-initialised by the model for adaLN-Zero.
+
+    given: the size of the vector that they come from, if it is not `dim`.
+    """
+    return nn.Sequential(nn.SiLU(), nn.Linear(given or dim, chunks * dim))
 
 
 def modulate(

@@ -26,6 +26,6 @@ class RMSNorm(nn.Module):
         return (y * self.weight).to(x.dtype)
 
 
-def layer_norm(dim: int, eps: float = 1e-6, affine: bool = False) -> nn.LayerNorm:
-    """LayerNorm: without weights where adaLN modulates it (DiT), with them in a plain transformer."""
-    return nn.LayerNorm(dim, eps=eps, elementwise_affine=affine)
+def layer_norm(dim: int, eps: float = 1e-6, affine: bool = False, bias: bool = True) -> nn.LayerNorm:
+    """LayerNorm: without weights where adaLN modulates it (DiT), with them in a plain transformer; `bias` if affine."""
+    return nn.LayerNorm(dim, eps=eps, elementwise_affine=affine, bias=bias)

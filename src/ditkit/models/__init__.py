@@ -1,5 +1,6 @@
 """One file per family, each read from top to bottom with its paper beside it."""
 
+from .ddit import DDiT, DDiTConfig
 from .dit import DiT, DiTConfig
 from .jit import JiT, JiTConfig
 from .mlp import MLP, MLPConfig
@@ -7,6 +8,8 @@ from .registry import Model, ModelConfig, Plan, create_model, list_models, model
 
 __all__ = [
     "MLP",
+    "DDiT",
+    "DDiTConfig",
     "DiT",
     "DiTConfig",
     "JiT",

@@ -6,12 +6,18 @@ from collections.abc import Callable
 
 from ..config import DitkitError, near
 from ..recipe import Recipe
+from .captions import captions, captions_uniform
 from .digits import demo, digits
 from .folder import folder
 
-__all__ = ["demo", "digits", "find_recipe", "folder"]
+__all__ = ["captions", "captions_uniform", "demo", "digits", "find_recipe", "folder"]
 
-_NAMED: dict[str, Callable[[], Recipe]] = {"digits": digits, "demo": demo}
+_NAMED: dict[str, Callable[[], Recipe]] = {
+    "digits": digits,
+    "demo": demo,
+    "captions": captions,
+    "captions_uniform": captions_uniform,
+}
 
 
 def find_recipe(name: str) -> Recipe:
