@@ -210,8 +210,9 @@ class Recipe:
         Raises DitkitError for parts that do not go together.
         """
         codec = self.codec.fitted(data.symbols)
+        shape = codec.shape(data.shape)
         denoiser = self.denoiser.fitted(codec.vocab)
-        model = self.model.fitted(codec.shape(data.shape), len(data.classes), denoiser.vocab)
+        model = self.model.fitted(shape, len(data.classes), denoiser.vocab)
         conditioner = self.conditioner.fitted(data.classes)
         return replace(self, codec=codec, conditioner=conditioner, model=model, denoiser=denoiser)
 
