@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from ditkit.cli import main
-from ditkit.models import JiTConfig
+from ditkit.models import JiTConfig, Model
 from ditkit.recipe import Evaluate, Recipe, Sample, Train
 from ditkit.recipes import digits
 
@@ -55,6 +55,36 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels[..., hue] += 150
             Image.fromarray(pixels.numpy()).save(folder / name / f"{i:02d}.png")
     (folder / "red" / "broken.png").write_bytes(b"this is no picture")
+    return folder
+
+
+def randomised(config: Any, seed: int = 0) -> Model:
+    """A network none of whose weights is zero, unlike a fresh one; fixed positions stay."""
+    model = config.build()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.08 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def tiny_autoencoder(folder: Path) -> Path:
+    """A random AutoencoderKL of 4 channels and factor 2, in hub layout, whose decoder does not saturate."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sizes: dict[str, Any] = {
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+            "block_out_channels": (8, 16),
+            "latent_channels": 4,
+            "norm_num_groups": 4,
+            "sample_size": 16,
+        }
+        model = AutoencoderKL(**sizes)
+    model.save_pretrained(folder)
     return folder
 
 

@@ -197,12 +197,7 @@ def load(
     if Run(run_or_checkpoint).exists():  # how to sample and measure may have been changed since the checkpoint
         now = Run(run_or_checkpoint).recipe()
         recipe = dataclasses.replace(recipe, sample=now.sample, evaluate=now.evaluate)
-    wanted = recipe.sample.ema if ema is None else ema
-    if wanted is None:
-        wanted = recipe.train.emas[0]
-    if wanted and wanted not in checkpoint.emas:
-        raise DitkitError(f"{checkpoint.folder} has averaged weights of the decays {checkpoint.emas}, not {wanted}")
-    name = f"ema-{wanted}" if wanted else "model"
+    name = checkpoint.choice(ema, recipe)
     weights = checkpoint.tensors(name)
     with torch.device("meta"):
         model = recipe.model.build()

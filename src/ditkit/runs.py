@@ -1,6 +1,7 @@
 """The run folder: what is in it, how it is written so that nothing is ever half there, and how it is read.
 
 recipe.json                     the recipe, fitted to the data
+init.json                       the weights it began with, if any, and what became of each tensor
 log.jsonl                       one row per `log_every` steps
 checkpoints/step-00001000/      model, ema-DECAY, optimizer .safetensors, state.json with their sizes and hashes
 samples/step-00001000.png       sample sheets
@@ -101,6 +102,23 @@ class Checkpoint:
         names = self.state["files"]
         return tuple(float(n[4:-12]) for n in names if n.startswith("ema-"))
 
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Names for `tensors`."""
+        return tuple(n.removesuffix(".safetensors") for n in self.state["files"])
+
+    def choice(self, ema: float | None, recipe: Recipe) -> str:
+        """The name of the weights meant by a decay: None = those of the recipe (the first), 0 = the weights themselves.
+
+        Raises DitkitError for a decay that is not there.
+        """
+        wanted = recipe.sample.ema if ema is None else ema
+        if wanted is None:
+            wanted = recipe.train.emas[0]
+        if wanted and wanted not in self.emas:
+            raise DitkitError(f"{self.folder} has averaged weights of the decays {self.emas}, not {wanted}")
+        return f"ema-{wanted}" if wanted else "model"
+
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of "model", "ema-0.9999" or "optimizer". Raises DitkitError for corrupt files."""
         path = self.folder / f"{name}.safetensors"
@@ -172,6 +190,18 @@ class Run:
                 shutil.rmtree(leftover)
             else:
                 leftover.unlink()
+
+    def note(self, begun: Mapping[str, Any]) -> None:
+        """Write with which weights the run began, and what became of them."""
+        atomic_write(self.folder / "init.json", json.dumps(begun, indent=1) + "\n")
+
+    def begun(self) -> dict[str, Any]:
+        """What `note` wrote; empty for a run that began from nothing. Raises DitkitError for a damaged file."""
+        path = self.folder / "init.json"
+        try:
+            return dict(json.loads(path.read_text())) if path.exists() else {}
+        except (OSError, ValueError, TypeError) as error:
+            raise DitkitError(f"{path} is damaged: {_reason(error)}") from None
 
     def checkpoints(self) -> list[Path]:
         """Folders of finished checkpoints, oldest first."""

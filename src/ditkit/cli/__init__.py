@@ -7,7 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NoReturn
+from keyword import iskeyword
+from typing import Any, NoReturn
 
 from .. import __version__
 from ..config import DitkitError
@@ -19,6 +20,8 @@ COMMANDS = {
     "sample": "draw images from a run or a checkpoint",
     "evaluate": "measure a run and write its report",
     "compare": "run a study: a controlled comparison of many small trainings, with its report",
+    "import": "make a run of a published checkpoint: DiT, SiT, JiT, or a folder of diffusers",
+    "export": "write a run as its authors, or diffusers, would have published it",
     "plan": "parameters, compute and memory of a model, before anyone spends money",
     "models": "list the models",
 }
@@ -29,6 +32,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise DitkitError(f"{message} (see {self.prog} --help)")
+
+
+def _module(command: str) -> Any:
+    """The module of a command; one that is a word of Python ("import") has an underscore behind it."""
+    return import_module(f".{command}{'_' if iskeyword(command) else ''}", __name__)
 
 
 def _parser(command: str | None) -> Parser:
@@ -42,7 +50,7 @@ def _parser(command: str | None) -> Parser:
     for name, line in COMMANDS.items():
         sub = commands.add_parser(name, help=line, description=line.capitalize() + ".")
         if name == command:
-            import_module(f".{name}", __name__).arguments(sub)
+            _module(name).arguments(sub)
     return parser
 
 
@@ -56,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         known, rest = parser.parse_known_args(words)
         if rest and known.command != "train":
             parser.error(f"unknown option {rest[0]}")
-        return import_module(f".{known.command}", __name__).run(known, rest)
+        return _module(known.command).run(known, rest)
     except DitkitError as error:
         print(f"ditkit: {error}", file=sys.stderr)
         return 1

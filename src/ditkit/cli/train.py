@@ -26,7 +26,7 @@ FROM_DATA = (
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command; every field of the recipe is an option besides."""
-    parser.usage = "ditkit train RECIPE [--out DIR] [--FIELD VALUE ...]"
+    parser.usage = "ditkit train RECIPE [--out DIR] [--init FILE_OR_RUN] [--FIELD VALUE ...]"
     parser.epilog = "Every field of the recipe is an option: `ditkit train digits --train.steps 2000 --model.depth 8`; "
     parser.epilog += (
         "`ditkit train digits --fields` lists them. A configuration is chosen by name: --sample.solver euler."
@@ -34,6 +34,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="digits, demo, folder:PATH, or a run folder to go on with")
     parser.add_argument(
         "--out", type=Path, help="the run folder; one that exists is gone on with (default: runs/RECIPE)"
+    )
+    parser.add_argument(
+        "--init", metavar="FILE_OR_RUN", help="begin with the weights of a run or a published checkpoint"
     )
     parser.add_argument("--fields", action="store_true", help="list the fields of the recipe and their values")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -55,7 +58,7 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
         path = args.recipe.partition(":")[2]
         out = out or Path("runs") / (Path(path).expanduser().resolve().name if path else args.recipe)
     recipe = override(recipe, ["--help"] if args.fields else rest, f"ditkit train {args.recipe}")
-    if train(recipe, out, quiet=args.quiet):
+    if train(recipe, out, init=args.init, quiet=args.quiet):
         print(f"trained: {out}\nsample it with: ditkit sample {out}")
     return 0
 

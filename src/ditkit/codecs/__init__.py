@@ -1,8 +1,9 @@
 """Codecs: data to the tensor that is diffused, and back."""
 
+from .autoencoder import Autoencoder
 from .characters import Characters
 from .codec import Codec
 from .pixels import Pixels
 from .vectors import Vectors
 
-__all__ = ["Characters", "Codec", "Pixels", "Vectors"]
+__all__ = ["Autoencoder", "Characters", "Codec", "Pixels", "Vectors"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .captions import Captions
 from .dataset import Batch, Dataset, InMemory, Order, Split
 from .digits import Digits
+from .elsewhere import Elsewhere
 from .folder import Folder
 from .spiral import Spiral
 from .text import points, strings
@@ -14,6 +15,7 @@ __all__ = [
     "Captions",
     "Dataset",
     "Digits",
+    "Elsewhere",
     "Folder",
     "InMemory",
     "Order",

@@ -23,6 +23,8 @@ from ..codecs import Codec
 from ..config import DitkitError, differences, to_json
 from ..data import Batch, Dataset, InMemory, Order
 from ..diffusion import Denoiser, Objective
+from ..exchange import Start, begin_from
+from ..interop import transfer
 from ..models import Model
 from ..pipeline import Pipeline
 from ..recipe import Recipe, device_of
@@ -38,9 +40,10 @@ _MAY_CHANGE = ("train", "sample", "evaluate")
 _FIXED = ("train.batch", "train.emas", "train.precision")
 
 
-def train(recipe: Recipe, folder: str | Path, *, quiet: bool = False) -> bool:
+def train(recipe: Recipe, folder: str | Path, *, init: str | Path | None = None, quiet: bool = False) -> bool:
     """Train a recipe in a run folder, from its newest checkpoint if there is one. True if all steps are done.
 
+    init: a run, a checkpoint or a published file whose weights a new run begins with; a run that goes on has them.
     False: SIGTERM or Ctrl-C came, a checkpoint was written, and the same call goes on from there. Raises DitkitError
     for data or a combination that cannot work (before anything is written), for a folder that holds another run, for a
     loss that is not finite (the last good checkpoint stays), and when the disk is full.
@@ -59,7 +62,14 @@ def train(recipe: Recipe, folder: str | Path, *, quiet: bool = False) -> bool:
         checkpoint = run.newest()
     elif found := run.foreign():
         raise DitkitError(f"{run.folder} is not empty and holds no run (but {found[0]}): choose another --out")
+    begun = run.begun()
+    if checkpoint is not None and init is not None and begun.get("init") != str(init):
+        raise DitkitError(
+            f"{run.folder} began from {begun.get('init', 'no weights')}: leave out --init to go on with it"
+        )
     trainer = Trainer(recipe, data)
+    start = begin_from(init, recipe) if checkpoint is None and init is not None else None
+    report = trainer.begin(start) if start is not None else {}
     if checkpoint is not None:
         if checkpoint.state.get("data") != data.source:
             raise DitkitError(
@@ -72,6 +82,9 @@ def train(recipe: Recipe, folder: str | Path, *, quiet: bool = False) -> bool:
             )
         trainer.restore(checkpoint)
     with run.locked():
+        if start is not None:  # the checkpoint before the recipe: a run without one would begin from nothing
+            checkpoint = Checkpoint(trainer.save(run))
+            run.note({"init": str(init), **report})
         run.begin(recipe)
         run.cut_log(trainer.step, recipe.train.log_every)
         return _steps(trainer, run, checkpoint, quiet)
@@ -137,6 +150,23 @@ class Trainer:
         own = self.objective.named_parameters() if isinstance(self.objective, nn.Module) else ()
         named = [*self.model.named_parameters(), *((f"objective/{name}", p) for name, p in own)]
         return {name: p for name, p in named if p.requires_grad}
+
+    def begin(self, start: Start) -> dict[str, Any]:
+        """Begin from these weights, averages included; what became of them is printed and returned.
+
+        Raises DitkitError for weights of another family, width or depth.
+        """
+        try:
+            became = transfer(start.config, start.weights, self.model)
+        except DitkitError as error:
+            raise DitkitError(f"{start.origin}: {error}") from None
+        for decay in self.averages.decays:
+            self.averages.restore(decay, dict(self.model.named_parameters()))
+        lines = [f"begins from {start.origin}", *became.lines()]
+        if (old := to_json(start.denoiser)) != (new := to_json(self.recipe.denoiser)):
+            lines.append("their output meant something else, and learns anew: " + "; ".join(differences(new, old)))
+        print("\n".join(lines), file=sys.stderr)
+        return {"origin": start.origin, "lines": lines, **became.to_json()}
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""

@@ -1,0 +1,48 @@
+"""`ditkit import FILE`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..config import DitkitError
+
+__all__ = ["arguments", "run"]
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What is not given follows from the file."""
+    parser.add_argument(
+        "file", metavar="FILE", type=Path, help=".pt, .pth or .safetensors of DiT, SiT or JiT; a folder of diffusers"
+    )
+    parser.add_argument("--as", dest="name", metavar="FORMAT", help="dit, sit, jit, diffusers (default: recognised)")
+    parser.add_argument("--weights", metavar="NAME", help="which of the sets in the file (default: its average)")
+    parser.add_argument("--out", type=Path, help="the run folder (default: runs/FILE)")
+    parser.add_argument("--autoencoder", metavar="FOLDER_OR_NAME", help="an AutoencoderKL, for a model of latents")
+    parser.add_argument("--model.num-heads", dest="num_heads", type=int, help="where the size is not a published one")
+    parser.add_argument("--model.in-context-start", dest="in_context_start", type=int, help="the same, for JiT")
+    parser.add_argument(
+        "--model.input-size", dest="input_size", type=int, nargs="+", help="where the input is not square: ROWS COLUMNS"
+    )
+
+
+def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    size = args.input_size
+    if size is not None and len(size) > 2:
+        raise DitkitError(f"--model.input-size is one side, or ROWS COLUMNS, not {size}")
+    from ..exchange import import_file
+
+    said = {"num_heads": args.num_heads, "in_context_start": args.in_context_start}
+    said["input_size"] = None if size is None else size[0] if len(size) == 1 else tuple(size)
+    run, lines = import_file(
+        args.file,
+        args.out,
+        name=args.name,
+        weights=args.weights,
+        autoencoder=args.autoencoder,
+        options={key: value for key, value in said.items() if value is not None},
+    )
+    print("\n".join(lines))
+    print(f"imported: {run.folder}\nsample it with: ditkit sample {run.folder}")
+    return 0

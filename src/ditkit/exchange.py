@@ -1,0 +1,346 @@
+"""Published checkpoints and runs: import one as a run, export a run as one, begin a training from one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .codecs import Autoencoder, Pixels
+from .conditioners import Label
+from .conditioning import Conditioning
+from .config import DitkitError, to_json
+from .data import Elsewhere
+from .diffusion import Linear, Meaning
+from .interop import DIFFUSERS, DIT, FORMATS, JIT, SIT, Found, diffusers_settings, meta, read, read_json, size_name
+from .models import Model
+from .recipe import Recipe, Sample, Train
+from .runs import Checkpoint, Run, find_checkpoint
+
+__all__ = ["Start", "begin_from", "export_run", "import_file"]
+
+_TEMPORARY = ".writing-"
+_TABLE = "y_embedder.embedding_table.weight"
+
+
+# import
+
+
+def import_file(
+    path: str | Path,
+    out: str | Path | None = None,
+    *,
+    name: str | None = None,
+    weights: str | None = None,
+    autoencoder: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> tuple[Run, list[str]]:
+    """Make a run of a published checkpoint; the run, and lines that say what was found.
+
+    name: the format, None = recognised by names and shapes. weights: which of the sets in the file. autoencoder: a
+    folder or hub name for models of latents. options: what shapes do not tell, such as {"num_heads": 6}. Raises
+    DitkitError for a file that is not whole and right, and for a folder that is not empty.
+    """
+    path = Path(path)
+    run = Run(out if out is not None else Path("runs") / (path.stem or path.resolve().name))
+    if run.foreign():
+        raise DitkitError(f"{run.folder} is not empty: choose another --out")
+    found = read(path, FORMATS, name=name, weights=weights, options=options)
+    codec = _codec(found, autoencoder)
+    group = f"ema-{found.decay}" if found.decay else "model"
+    recipe = Recipe(
+        data=Elsewhere(str(path)),
+        codec=codec,
+        conditioner=Label(_classes(found)),
+        model=found.config,
+        denoiser=found.denoiser,
+        objective=found.format.objective(found.config, found.denoiser),
+        train=Train(emas=(found.decay or 0.9999,)),
+        sample=Sample(**found.format.sampling(found.config), ema=None if found.decay else 0.0),
+    )
+    lines = _said(found, codec)
+    state = {"log": {"sums": {}, "count": 0, "seconds": 0.0}, "data": None, "torch": torch.__version__}
+    with run.locked():
+        run.save(0, to_json(recipe), {group: found.weights}, {**state, "imported": lines})
+        run.begin(recipe)
+    return run, lines
+
+
+def _said(found: Found, codec: Any) -> list[str]:
+    config, meaning = found.config, found.denoiser
+    family = "sit" if found.format is SIT else ""
+    size = size_name(config, family) or "no published size"
+    count = sum(value.numel() for value in found.weights.values())
+    side = config.input_size
+    rows, columns = (side, side) if isinstance(side, int) else side
+    classes = f"{config.num_classes} classes" if config.num_classes else "no classes"
+    kind = "pixels" if isinstance(codec, Pixels) else f"latents of {codec.path}"
+    average = f"an average of decay {found.decay}" if found.decay else "taken as the weights themselves"
+    lines = [
+        f"{found.format.title}: {size}, {count / 1e6:.1f}M parameters in {len(found.weights)} tensors, depth "
+        f"{config.depth}, width {config.hidden_size}, {config.num_heads} heads, patches of {config.patch_size}",
+        f"input {config.in_channels} x {rows} x {columns} ({kind}), {classes}",
+        f"weights {found.group!r}: {average}",
+        f"means {meaning.prediction} on {meaning.path}, clock {meaning.clock}, t_eps {meaning.t_eps:g}",
+    ]
+    if len(found.source.groups) > 1:
+        lines.append(f"the file also holds {', '.join(g for g in found.source.groups if g != found.group)}: --weights")
+    if found.alike:
+        lines.append(f"{' and '.join(found.alike)} has the same names and shapes: if it is that, say --as")
+    if isinstance(codec, Autoencoder) and not codec.download and not Path(codec.path).exists():
+        lines.append(
+            f"nothing was downloaded: to sample, get {codec.path} (hf download {codec.path}), or --autoencoder"
+        )
+    return lines
+
+
+def _codec(found: Found, autoencoder: str | None) -> Any:
+    """Pixels for JiT; otherwise the autoencoder that is given, that lies in the folder, or Stable Diffusion's."""
+    if found.format is JIT:
+        if autoencoder is not None:
+            raise DitkitError("a JiT works on pixels: leave out --autoencoder")
+        return Pixels()
+    codec = Autoencoder(channels=found.config.in_channels)
+    inside = None if found.source.folder is None else found.source.folder / "vae"
+    if autoencoder is None and (inside is None or not inside.is_dir()):
+        return codec
+    folder = Path(autoencoder).expanduser() if autoencoder is not None else inside
+    assert folder is not None
+    if not folder.exists():
+        return replace(codec, path=str(autoencoder), download=True)
+    codec = replace(codec, path=str(folder.resolve()), **_autoencoder_settings(folder))
+    if codec.channels != found.config.in_channels:
+        raise DitkitError(
+            f"{folder} makes latents of {codec.channels} channels, and the model takes {found.config.in_channels}: "
+            "give its own with --autoencoder"
+        )
+    return codec
+
+
+def _autoencoder_settings(folder: Path) -> dict[str, Any]:
+    """Scale, shift, channels and factor, as an AutoencoderKL's config.json says them."""
+    said = read_json(folder / "config.json")
+    try:
+        return {
+            "scale": float(said.get("scaling_factor", 0.18215)),
+            "shift": float(said.get("shift_factor") or 0.0),
+            "channels": int(said.get("latent_channels", 4)),
+            "factor": 2 ** (len(said.get("block_out_channels", [64])) - 1),
+        }
+    except (TypeError, ValueError) as error:
+        raise DitkitError(f"{folder / 'config.json'} is no AutoencoderKL's: {error}") from None
+
+
+def _classes(found: Found) -> tuple[str, ...]:
+    """The names that the folder gives its classes, else their numbers."""
+    count = found.config.num_classes
+    named = found.source.json("model_index.json").get("id2label")
+    named = named if isinstance(named, dict) else {}
+    return tuple(str(named.get(str(i), i)) for i in range(count))
+
+
+# export
+
+
+def export_run(
+    run: str | Path, form: str, out: str | Path, *, ema: float | None = None, approximate: bool = False
+) -> list[str]:
+    """Write the weights of a run, or of a checkpoint, as published ones; lines that say what was written.
+
+    form: "official" (DiT, SiT, JiT: .pt, .pth or .safetensors) or "diffusers" (the folder of a DiTPipeline). ema: as in
+    `load`. approximate: write a DiT with the release's time frequencies for diffusers, which computes others. Raises
+    DitkitError for what the layout cannot express, and for an `out` that exists.
+    """
+    out = Path(out)
+    if out.exists():
+        raise DitkitError(f"{out} exists already: choose another --out")
+    checkpoint = find_checkpoint(run)
+    recipe = checkpoint.recipe
+    name = checkpoint.choice(ema, recipe)
+    if form == "official":
+        return _official(checkpoint, recipe, name, out)
+    if form == "diffusers":
+        return _diffusers(recipe, checkpoint.tensors(name), out, approximate)
+    raise DitkitError(f"--format is official or diffusers, not {form!r}")
+
+
+def _official(checkpoint: Checkpoint, recipe: Recipe, name: str, out: Path) -> list[str]:
+    kinds = [form for form in (DIT, SIT, JIT) if isinstance(recipe.model, form.model)]
+    if not kinds:
+        raise DitkitError(f"a {type(recipe.model).__name__.removesuffix('Config')} was never published by its authors")
+    refusals = [form.refusal(recipe.model, recipe.denoiser) for form in kinds]
+    if None not in refusals:
+        flow = isinstance(recipe.denoiser.path, Linear)
+        raise DitkitError(refusals[-1 if flow else 0] or "")
+    chosen = kinds[refusals.index(None)]
+    model = meta(recipe.model)
+    weights = chosen.write(model, checkpoint.tensors(name))
+    if out.suffix == ".safetensors":
+        held = "a bare state dict"
+        _write(out, lambda path: save_file(weights, path))
+    elif chosen is JIT:
+        # what JiT's loader wants: three state dicts; args say what it computes with
+        groups = [
+            "model" if "model" in checkpoint.groups else name,
+            name,
+            *(g for g in checkpoint.groups if "ema" in g),
+        ]
+        second = next((g for g in groups[2:] if g != name), name)
+        model_, ema1, ema2 = (chosen.write(model, checkpoint.tensors(g)) for g in (groups[0], name, second))
+        args = argparse.Namespace(
+            img_size=recipe.model.input_size,
+            class_num=recipe.model.num_classes,
+            noise_scale=recipe.denoiser.path.noise_scale,
+            t_eps=recipe.denoiser.t_eps,
+            attn_dropout=recipe.model.attn_drop,
+            proj_dropout=recipe.model.proj_drop,
+            in_context_start=recipe.model.in_context_start,
+        )
+        held = f"model = {groups[0]}, model_ema1 = {name}, model_ema2 = {second}"
+        saved = {"model": model_, "model_ema1": ema1, "model_ema2": ema2, "args": args}
+        _write(out, lambda path: torch.save(saved, path))
+    else:
+        held = "a bare state dict"
+        _write(out, lambda path: torch.save(weights, path))
+    return [f"{chosen.title}, {name} of {checkpoint.folder}: {len(weights)} tensors ({held})", f"written: {out}"]
+
+
+def _diffusers(recipe: Recipe, weights: dict[str, Tensor], out: Path, approximate: bool) -> list[str]:
+    config, meaning, codec = recipe.model, recipe.denoiser, recipe.codec
+    if not isinstance(config, DIFFUSERS.model):
+        raise DitkitError(
+            f"diffusers has no pipeline for a {type(config).__name__.removesuffix('Config')}: use --format official"
+        )
+    if refusal := DIFFUSERS.refusal(config, meaning):
+        raise DitkitError(refusal)
+    if not isinstance(codec, Autoencoder):
+        raise DitkitError(
+            "DiTPipeline decodes latents with an AutoencoderKL, and this run has none: it works on pixels"
+        )
+    if codec.shift:
+        raise DitkitError(f"DiTPipeline does not know a shift of latents, and this run's codec has {codec.shift}")
+    lines = []
+    if config.frequency_shift != 1:
+        if not approximate:
+            raise DitkitError(
+                "diffusers computes other time frequencies (model.frequency_shift 1) than this model was trained with "
+                "(0): train with --model.frequency-shift 1, or accept the difference with --approximate"
+            )
+        lines.append(f"approximate: {_distance(config, meaning, weights)}")
+    rows, null = weights[_TABLE].split([config.num_classes, 1])
+    padding = 1000 - config.num_classes
+    if padding:
+        lines.append(f"the label table has {padding} rows more, equal to the null label, which is number 1000 there")
+    weights = {**weights, _TABLE: torch.cat((rows, null.expand(padding, -1), null))}
+    config = replace(config, num_classes=1000)
+    tensors = DIFFUSERS.write(meta(config), weights)
+    settings = diffusers_settings(config, meaning)
+    settings["model_index.json"]["id2label"] = {str(i): name for i, name in enumerate(recipe.conditioner.classes)}
+
+    def fill(folder: Path) -> None:
+        folder.mkdir(parents=True)
+        _copy_autoencoder(codec, folder / "vae")
+        for name, content in settings.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+        contiguous = {name: value.contiguous() for name, value in tensors.items()}
+        save_file(contiguous, folder / "transformer" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+
+    _write(out, fill)
+    return [
+        *lines,
+        f"DiTPipeline with {len(tensors)} tensors, the codec's autoencoder and a DDIMScheduler",
+        f"written: {out}",
+    ]
+
+
+def _copy_autoencoder(codec: Autoencoder, target: Path) -> None:
+    """The codec's autoencoder with the codec's scale; a folder's files as they are."""
+    source = Path(codec.path).expanduser()
+    codec.model()  # that it is one, of the codec's channels and factor
+    if source.is_dir():
+        target.mkdir()
+        for file in (source / "config.json", *source.glob("diffusion_pytorch_model*")):
+            shutil.copyfile(file, target / file.name)
+    else:
+        codec.model().save_pretrained(target)
+    settings = json.loads((target / "config.json").read_text())
+    settings["scaling_factor"] = codec.scale
+    (target / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+@torch.no_grad()
+def _distance(config: Any, meaning: Meaning, weights: Mapping[str, Tensor]) -> str:
+    """How far the output moves with diffusers' frequencies, measured on noise at four times."""
+    models: list[Model] = []
+    for shift in (0, 1):
+        model = meta(replace(config, frequency_shift=shift))
+        model.load_state_dict(dict(weights), assign=True)
+        models.append(model.eval())
+    steps = meaning.path.steps
+    times = torch.tensor([0, steps // 3, 2 * steps // 3, steps - 1], dtype=torch.float32)
+    x = torch.randn(4, *config.shape, generator=torch.Generator().manual_seed(0))
+    cond = Conditioning(label=torch.arange(4) % config.num_classes)
+    ours, theirs = (model(x, times, cond) for model in models)
+    return (
+        f"on noise at the steps {times.int().tolist()} the output moves by up to {(ours - theirs).abs().max():.2g}, "
+        f"with a standard deviation of {ours.std():.2g}"
+    )
+
+
+def _write(out: Path, fill: Callable[[Path], Any]) -> None:
+    """A file or folder under a temporary name, then its own. Raises DitkitError; nothing half-written stays."""
+    temporary = out.with_name(f"{_TEMPORARY}{out.name}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        fill(temporary)
+        temporary.rename(out)
+    except (OSError, RuntimeError) as error:
+        raise DitkitError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from None
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+# the start of a training
+
+
+@dataclass(frozen=True)
+class Start:
+    """Weights to begin with: where they come from, the configuration they are of, and what their output means."""
+
+    origin: str
+    config: Any
+    denoiser: Any
+    weights: Mapping[str, Tensor]
+
+
+def begin_from(path: str | Path, recipe: Recipe) -> Start:
+    """The weights of a run, a checkpoint of one, or a published file. Raises DitkitError.
+
+    What a file does not say (the number of heads) is taken to be as in the recipe.
+    """
+    folder = Path(path)
+    if folder.is_dir() and ((folder / "recipe.json").exists() or (folder / "state.json").exists()):
+        checkpoint = find_checkpoint(folder)
+        name = checkpoint.choice(None, checkpoint.recipe)
+        return Start(
+            f"{name} of {checkpoint.folder}",
+            checkpoint.recipe.model,
+            checkpoint.recipe.denoiser,
+            checkpoint.tensors(name),
+        )
+    asked = ("num_heads", "in_context_start")
+    options = {key: getattr(recipe.model, key) for key in asked if hasattr(recipe.model, key)}
+    found = read(path, FORMATS, options=options)
+    return Start(f"{found.group} of {path} ({found.format.title})", found.config, found.denoiser, found.weights)

@@ -1,0 +1,30 @@
+"""Published checkpoints: what they hold, as our models, and our models as they would have been published."""
+
+from .dit import DIFFUSERS, DIT, SIT, diffusers_settings
+from .format import Format, Found, meta, read, size_name
+from .jit import JIT
+from .source import open_source, read_json
+from .table import Rule
+from .transfer import Transfer, transfer
+
+FORMATS = (DIT, SIT, JIT, DIFFUSERS)
+"""All that are known; of those that match a file the first is taken."""
+
+__all__ = [
+    "DIFFUSERS",
+    "DIT",
+    "FORMATS",
+    "JIT",
+    "SIT",
+    "Format",
+    "Found",
+    "Rule",
+    "Transfer",
+    "diffusers_settings",
+    "meta",
+    "open_source",
+    "read",
+    "read_json",
+    "size_name",
+    "transfer",
+]

@@ -1,0 +1,232 @@
+"""What a published layout is, and how a file of it becomes a model: everything is checked before anything is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import DitkitError, lookup, names, near
+from ..diffusion import Meaning
+from ..models import Model, ModelConfig
+from .source import Entries, Entry, Source, open_source
+from .table import Pair, Rule, pairs, read_table, write_table
+
+__all__ = ["Format", "Found", "Shapes", "block_count", "meta", "option", "published", "read", "shape", "size_name"]
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Format:
+    """One published layout, both ways.
+
+    match: whether these names are of the layout. rules: their names and ours. config: the model's configuration from
+    shapes, what was saved beside them, and what the person says. denoiser: what the output means. refusal: why a model
+    with a meaning cannot be written in this layout, None if it can. model: the class of the configuration. weights: the
+    groups that a file may hold, the best first, with their decays of averaging (0 = the weights themselves). prefix:
+    what their names begin with. sampling, objective: the authors' own, for the recipe of an imported run.
+    """
+
+    name: str
+    title: str
+    model: type
+    match: Callable[[Shapes], bool]
+    rules: tuple[Rule, ...]
+    config: Callable[[Source, Shapes, Mapping[str, Any]], ModelConfig]
+    denoiser: Callable[[Source, Any], Meaning]
+    refusal: Callable[[Any, Meaning], str | None]
+    sampling: Callable[[Any], dict[str, Any]]
+    objective: Callable[[Any, Meaning], Any]
+    weights: Mapping[str, float] = field(default_factory=dict)
+    prefix: str = ""
+
+    def pairs(self, model: Model) -> list[Pair]:
+        """The table of a model."""
+        return pairs(self.rules, model.state_dict())
+
+    def write(self, model: Model, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of a model under their names."""
+        return {self.prefix + name: value for name, value in write_table(self.pairs(model), tensors).items()}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a file holds: weights in float32 under our names, the model's configuration, and what its output means."""
+
+    path: Path
+    format: Format
+    group: str
+    config: Any
+    denoiser: Meaning
+    weights: Mapping[str, Tensor]
+    source: Source
+    alike: tuple[str, ...] = ()
+    """Names of other formats that have the same names and shapes."""
+
+    @property
+    def decay(self) -> float:
+        """Decay of the average that these weights are; 0 if they are none, or the file does not say so."""
+        return self.format.weights.get(self.group, 0.0)
+
+
+def read(
+    path: str | Path,
+    formats: Sequence[Format],
+    *,
+    name: str | None = None,
+    weights: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Found:
+    """The weights of a published file. `formats`: those that are known, `name`: the one to take, None = recognised.
+
+    weights: which group of the file. options: what shapes do not tell, such as {"num_heads": 6}. Raises DitkitError
+    that names the file and what is wrong: nothing is returned unless every tensor is there and is right.
+    """
+    source = open_source(path)
+    form, alike = _recognise(source, formats, name)
+    group = source.group(weights, tuple(form.weights))
+    entries = _without_prefix(source.groups[group], form.prefix)
+    shapes = {key: entry.shape for key, entry in entries.items()}
+    if not form.match(shapes):
+        raise DitkitError(f"{path}: the weights {group!r} are not those of a {form.name}; take others with --weights")
+    try:
+        config = form.config(source, shapes, options or {})
+        meaning = form.denoiser(source, config)
+        model = meta(config)
+    except DitkitError as error:
+        raise DitkitError(f"{path}: {error}") from None
+    table = form.pairs(model)
+    ours = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    wanted = {name: pair.shape(ours[pair.ours]) for pair in table for name in pair.theirs}
+    _check(path, form, entries, wanted)
+    numbers = source.read({name: entries[name] for name in wanted})
+    _finite(path, numbers)
+    try:
+        tensors = read_table(table, numbers, ours)
+    except DitkitError as error:
+        raise DitkitError(f"{path}: {error}") from None
+    tensors = {key: value.float().contiguous() for key, value in tensors.items()}
+    return Found(Path(path), form, group, config, meaning, tensors, source, alike)
+
+
+def _recognise(source: Source, formats: Sequence[Format], name: str | None) -> tuple[Format, tuple[str, ...]]:
+    known = [form.name for form in formats]
+    if name is not None and name not in known:
+        raise DitkitError(f"unknown format {name!r}: {near(name, known)}")
+    fits = [
+        form
+        for form in formats
+        if any(
+            form.match({key: entry.shape for key, entry in _without_prefix(group, form.prefix).items()})
+            for group in source.groups.values()
+        )
+    ]
+    if not fits:
+        group = max(source.groups.values(), key=len)
+        shown = ", ".join(f"{_some([key])} {list(entry.shape)}" for key, entry in list(group.items())[:3])
+        raise DitkitError(
+            f"{source.path} holds {len(group)} tensors ({shown}, ...) of none of the known formats: {', '.join(known)}"
+        )
+    chosen = [form for form in fits if form.name == name] if name else fits[:1]
+    if not chosen:
+        raise DitkitError(f"{source.path} is not of the format {name}: its names are those of {fits[0].name}")
+    return chosen[0], tuple(form.name for form in fits if form is not chosen[0])
+
+
+def _without_prefix(group: Entries, prefix: str) -> dict[str, Entry]:
+    """The names without the prefix, where all have it."""
+    if all(key.startswith(prefix) for key in group):
+        return {key.removeprefix(prefix): entry for key, entry in group.items()}
+    return dict(group)
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first names, and how many more; a file may call its tensors anything, so they are cut and made printable."""
+    shown = [ascii(name)[1:-1][:100] for name in names[:3]]
+    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _check(path: str | Path, form: Format, entries: Entries, wanted: Shapes) -> None:
+    """Raises DitkitError for tensors that are missing, unexpected, of another shape, or no floating point numbers."""
+    if missing := sorted(set(wanted) - set(entries)):
+        raise DitkitError(f"{path} is no complete {form.name}: it lacks {_some(missing)}")
+    if unexpected := sorted(set(entries) - set(wanted)):
+        raise DitkitError(f"{path} is no {form.name} as published: nothing there is called {_some(unexpected)}")
+    for name, size in wanted.items():
+        if entries[name].shape != size:
+            raise DitkitError(
+                f"{path}: {name} is {list(entries[name].shape)}, where the other tensors need {list(size)}"
+            )
+        if entries[name].dtype not in _FLOATS:
+            kind = str(entries[name].dtype).removeprefix("torch.")
+            raise DitkitError(f"{path}: {name} holds {kind} numbers; weights are float32, float16, bfloat16 or float64")
+
+
+def _finite(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    bad = [name for name, value in tensors.items() if not bool(torch.isfinite(value.float()).all())]
+    if bad:
+        raise DitkitError(f"{path}: {_some(sorted(bad))} holds NaN or infinite numbers: the training had broken down")
+
+
+def meta(config: Any) -> Model:
+    """The network without memory."""
+    with torch.device("meta"):
+        return config.build()
+
+
+def shape(shapes: Shapes, name: str, dims: int) -> tuple[int, ...]:
+    """A shape of so many dimensions, none of them 0. Raises DitkitError."""
+    if name not in shapes:
+        raise DitkitError(f"it lacks {name}")
+    found = shapes[name]
+    if len(found) != dims or min(found) < 1:
+        raise DitkitError(f"{name} is {list(found)}, which should have {dims} dimensions, none of them 0")
+    return found
+
+
+def block_count(shapes: Shapes, stem: str) -> int:
+    """The number of blocks `stem`0, `stem`1, ... Raises DitkitError if they are not numbered so."""
+    numbers = {key[len(stem) :].split(".")[0] for key in shapes if key.startswith(stem)}
+    if not numbers or numbers != {str(i) for i in range(len(numbers))}:
+        raise DitkitError(f"{stem}* are not numbered from 0 on: {_some(sorted(numbers))}")
+    return len(numbers)
+
+
+def published(kind: type, **sizes: int) -> Any | None:
+    """A published configuration of these sizes, None if there is none."""
+    return next((config for _, config in _published(kind) if _agrees(config, sizes)), None)
+
+
+def _published(kind: type) -> list[tuple[str, Any]]:
+    return [(name, lookup("size", name)) for name in names("size") if isinstance(lookup("size", name), kind)]
+
+
+def _agrees(config: Any, values: Mapping[str, Any]) -> bool:
+    return all(getattr(config, key) == value for key, value in values.items())
+
+
+_SIZE = ("depth", "hidden_size", "num_heads", "patch_size", "conditioning", "bottleneck_dim", "in_context_start")
+
+
+def size_name(config: Any, family: str = "") -> str | None:
+    """The name of a published size such as dit_xl_2; `family` is preferred where several share a size."""
+    own = {f.name for f in fields(config)}
+    wanted = {key: getattr(config, key) for key in _SIZE if key in own}
+    found = [name for name, other in _published(type(config)) if _agrees(other, wanted)]
+    return min(found, key=lambda name: not name.startswith(f"{family}_"), default=None)
+
+
+def option(options: Mapping[str, Any], name: str, guess: Any, what: str) -> Any:
+    """What the person says, else what follows from a published size. Raises DitkitError that asks for the option."""
+    value = options.get(name, guess)
+    if value is None:
+        flag = name.replace("_", "-")
+        raise DitkitError(f"this is no published size, and a file does not say {what}: give --model.{flag}")
+    return value

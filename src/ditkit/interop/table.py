@@ -1,0 +1,100 @@
+"""Names of tensors, theirs and ours: one reversible table for each published layout."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import DitkitError
+
+__all__ = ["Pair", "Rule", "pairs", "read_table", "write_table"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Our name and theirs. `#` is the number of a block, `*` any end of a name; both stand for the same on each side.
+
+    Several of their names: ours is their concatenation (a fused q, k, v). Theirs has a `#` and ours has none: they keep
+    a copy in each block. None of theirs: it is not in their files, and `value` computes it from the shape.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    value: Callable[[tuple[int, ...]], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One of our tensors, and theirs that hold it: `how` is same, fused, copies or computed."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    how: str
+    rule: Rule
+
+    def shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of each of theirs."""
+        return (ours[0] // len(self.theirs), *ours[1:]) if self.how == "fused" else ours
+
+
+def pairs(rules: Iterable[Rule], names: Iterable[str]) -> list[Pair]:
+    """What the rules say about all of our names; the first rule that fits counts. Raises KeyError if none does."""
+    names = list(names)
+    blocks = sorted({int(m[1]) for name in names if (m := re.match(r"blocks\.(\d+)\.", name))})
+    return [_pair(tuple(rules), name, blocks) for name in names]
+
+
+def _pair(rules: tuple[Rule, ...], name: str, blocks: list[int]) -> Pair:
+    for rule in rules:
+        pattern = re.escape(rule.ours).replace(r"\#", r"(?P<block>\d+)").replace(r"\*", r"(?P<rest>.*)")
+        found = re.fullmatch(pattern, name)
+        if not found:
+            continue
+        parts = found.groupdict()
+        theirs = tuple(t.replace("*", parts.get("rest", "*")) for t in rule.theirs)
+        if "block" in parts:
+            theirs = tuple(t.replace("#", parts["block"]) for t in theirs)
+        if any("#" in t for t in theirs):
+            return Pair(name, tuple(t.replace("#", str(i)) for t in theirs for i in blocks), "copies", rule)
+        how = "computed" if not theirs else "fused" if len(theirs) > 1 else "same"
+        return Pair(name, theirs, how, rule)
+    raise KeyError(name)
+
+
+def read_table(table: Iterable[Pair], tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict:
+    """Our tensors from theirs; `shapes` are ours. Raises DitkitError where copies in the blocks differ."""
+    found: dict[str, Tensor] = {}
+    for pair in table:
+        given = [tensors[name] for name in pair.theirs]
+        if pair.how == "fused":
+            found[pair.ours] = torch.cat(given)
+        elif pair.how == "computed":
+            assert pair.rule.value is not None
+            found[pair.ours] = pair.rule.value(shapes[pair.ours])
+        else:
+            for name, other in zip(pair.theirs[1:], given[1:], strict=True):
+                if not torch.equal(given[0], other):
+                    raise DitkitError(
+                        f"{name} differs from {pair.theirs[0]}: each block has an embedder of its own there, and here "
+                        "all share one; they were trained apart, and cannot be imported"
+                    )
+            found[pair.ours] = given[0]
+    return found
+
+
+def write_table(table: Iterable[Pair], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Their tensors from ours: the inverse of `read_table`."""
+    found: dict[str, Tensor] = {}
+    for pair in table:
+        ours = tensors[pair.ours]
+        if pair.how == "fused":
+            found |= zip(pair.theirs, (part.clone() for part in ours.chunk(len(pair.theirs))), strict=True)
+        elif pair.how == "copies":
+            found |= {name: ours.clone() for name in pair.theirs}
+        elif pair.how == "same":
+            found[pair.theirs[0]] = ours
+    return found

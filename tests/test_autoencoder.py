@@ -1,0 +1,113 @@
+"""The codec of latents, against diffusers itself on a tiny random autoencoder in hub layout."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from torch.testing import assert_close
+
+from ditkit.codecs import Autoencoder, Codec
+from ditkit.config import DitkitError, from_json, to_json
+from ditkit.rng import Replay, Rng
+
+from .conftest import tiny_autoencoder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_autoencoder(tmp_path_factory.mktemp("vae"))
+
+
+@pytest.fixture
+def codec(folder: Path) -> Autoencoder:
+    return Autoencoder(str(folder), scale=0.7, shift=0.3, factor=2)
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randint(0, 256, (3, 3, 16, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def test_it_is_a_codec_and_survives_json(codec: Autoencoder) -> None:
+    assert isinstance(codec, Codec)
+    assert from_json(json.loads(json.dumps(to_json(codec)))) == codec
+    assert codec.fitted("") == codec
+    assert codec.vocab == 0
+
+
+def test_latents_and_images_are_those_of_diffusers(codec: Autoencoder, folder: Path, images: torch.Tensor) -> None:
+    theirs: Any = AutoencoderKL.from_pretrained(folder)
+    theirs.eval()
+    with torch.no_grad():
+        posterior = theirs.encode(images / 127.5 - 1).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(2))
+        drawn = (posterior.mean + posterior.std * noise - 0.3) * 0.7
+        mode = (posterior.mode() - 0.3) * 0.7
+        back = theirs.decode(mode / 0.7 + 0.3).sample
+    draws = Replay({"codec": noise})
+    assert_close(codec.encode(images, draws), drawn, rtol=1e-5, atol=1e-5)
+    assert_close(replace(codec, sample=False).encode(images, draws), mode, rtol=1e-5, atol=1e-5)
+    assert_close(codec.encode(images), mode, rtol=1e-5, atol=1e-5)
+    assert (drawn - mode).abs().max() > 0.01
+    decoded = codec.decode(mode)
+    assert decoded.dtype == torch.uint8
+    wanted = (back / 2 + 0.5).clamp(0, 1) * 255
+    assert (decoded.float() - wanted).abs().max() <= 0.5 + 1e-3
+    assert decoded.float().std() > 1
+    assert codec.shape((3, 16, 8)) == tuple(mode.shape[1:])
+
+
+def test_a_row_is_a_function_of_its_id_and_nothing_learns(codec: Autoencoder, images: torch.Tensor) -> None:
+    rng = Rng(0)
+    whole = codec.encode(images, rng.at(5, torch.arange(3)))
+    part = codec.encode(images[2:], rng.at(5, torch.tensor([2])))
+    assert_close(part, whole[2:])
+    assert not whole.requires_grad
+    assert not any(p.requires_grad for p in codec.model().parameters())
+    assert codec.model() is codec.model()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"channels": 8}, "has 4 channels and the factor 2, not 8 and 2"),
+        ({"factor": 8}, "not 4 and 8"),
+        ({"path": "./nowhere"}, "no folder of diffusers"),
+        ({"path": "nobody/nothing-of-this-name"}, "hf download"),
+    ],
+)
+def test_what_cannot_be_had_is_said(codec: Autoencoder, change: dict, says: str, images: torch.Tensor) -> None:
+    with pytest.raises(DitkitError, match=says) as caught:
+        replace(codec, **change).encode(images)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("sample", [(3, 15, 16), (1, 16, 16), (16,)])
+def test_images_that_do_not_fit_are_refused(codec: Autoencoder, sample: tuple[int, ...]) -> None:
+    with pytest.raises(DitkitError, match="sides divisible by 2"):
+        codec.shape(sample)
+
+
+@pytest.mark.parametrize("change", [{"scale": 0.0}, {"scale": float("nan")}, {"channels": 0}, {"factor": 0}])
+def test_sizes_that_cannot_be_are_refused(change: dict) -> None:
+    with pytest.raises(DitkitError, match=r"codec\.scale above 0"):
+        Autoencoder(**change)
+
+
+def test_a_broken_file_gives_one_line(folder: Path, tmp_path: Path, images: torch.Tensor) -> None:
+    broken = tmp_path / "vae"
+    broken.mkdir()
+    (broken / "config.json").write_bytes((folder / "config.json").read_bytes())
+    with pytest.raises(DitkitError, match="cannot load the autoencoder") as caught:
+        Autoencoder(str(broken), factor=2).encode(images)
+    assert "\n" not in str(caught.value)
+    weights = (folder / "diffusion_pytorch_model.safetensors").read_bytes()
+    (broken / "diffusion_pytorch_model.safetensors").write_bytes(weights[:2000])
+    with pytest.raises(DitkitError, match="cannot load the autoencoder"):
+        Autoencoder(str(broken), factor=2).encode(images)
