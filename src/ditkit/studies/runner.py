@@ -148,7 +148,7 @@ def write_report(study: Study, folder: str | Path) -> list[Path]:
         "results": f"{len(results.found)} of {study.total}",
         "train": common({k: v for k, v in to_json(c.recipe.train).items() if k != "type"} for c in study.cells),
         "measurement": common(f.protocol for f in results.found.values()),
-        "seconds": sum(f.numbers["seconds"] for f in results.found.values()),
+        "seconds": round(sum(f.numbers["seconds"] for f in results.found.values()), 1),
     }
     verdicts = Table(("what was expected", "what came", ""), tuple((c.text, c.found, c.holds) for c in claims))
     partial = f"{len(results.found)} of {study.total} results are there: run the same command to get the others."
