@@ -1,56 +1,28 @@
-"""Solvers: one step from t to s < t with explicit state, and the loop over a grid.
-
-A solver is a frozen dataclass with `order` (of the global error on a smooth problem), `nfe` (network evaluations a
-step), `needs` (the spaces it reads), `init(x) -> state` and `step(denoise, x, t, s, state, rng) -> (x, state)`.
-"""
+"""Solvers without memory: Runge-Kutta methods on the velocity, DDIM, and DDPM's ancestral step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..conditioning import Conditioning
-from ..config import DitkitError, register
-from ..rng import Draw
-from .denoiser import Denoise, Prediction, Startable
-from .posterior import learned_log_variance, posterior
+from ...config import DitkitError, register
+from ...rng import Draw
+from ..denoiser import Denoise, Prediction
+from ..posterior import learned_log_variance, posterior
+from .solver import Once
 
-__all__ = ["DDIM", "Ancestral", "Euler", "Heun", "Solver", "check_grid", "integrate"]
-
-
-@runtime_checkable
-class Solver(Protocol):
-    """One step of a sampler."""
-
-    order: ClassVar[int]
-    nfe: ClassVar[int]
-    needs: ClassVar[tuple[str, ...]]
-
-    def init(self, x: Tensor) -> Any: ...
-
-    def step(self, denoise: Denoise, x: Tensor, t: float, s: float, state: Any, rng: Draw) -> tuple[Tensor, Any]: ...
-
-
-class _OneStep:
-    """A solver without memory."""
-
-    order: ClassVar[int] = 1
-    nfe: ClassVar[int] = 1
-    needs: ClassVar[tuple[str, ...]] = ("velocity",)
-
-    def init(self, x: Tensor) -> None:
-        return None
+__all__ = ["DDIM", "RK4", "Ancestral", "Euler", "Heun", "Midpoint"]
 
 
 @register("solver", "euler")
 @dataclass(frozen=True)
-class Euler(_OneStep):
+class Euler(Once):
     """x + (s - t) velocity."""
+
+    needs: ClassVar[tuple[str, ...]] = ("velocity",)
 
     def step(self, denoise: Denoise, x: Tensor, t: float, s: float, state: None, rng: Draw) -> tuple[Tensor, None]:
         return x + (s - t) * denoise(x, t).velocity, None
@@ -58,11 +30,15 @@ class Euler(_OneStep):
 
 @register("solver", "heun")
 @dataclass(frozen=True)
-class Heun(_OneStep):
+class Heun(Once):
     """Euler's step corrected by the velocity at its end; the step that reaches the data is plain Euler (EDM, JiT)."""
 
+    needs: ClassVar[tuple[str, ...]] = ("velocity",)
     order: ClassVar[int] = 2
     nfe: ClassVar[int] = 2
+
+    def visits(self, t: float, s: float) -> tuple[float, ...]:
+        return (t,) if s == 0 else (t, s)
 
     def step(self, denoise: Denoise, x: Tensor, t: float, s: float, state: None, rng: Draw) -> tuple[Tensor, None]:
         velocity = denoise(x, t).velocity
@@ -72,9 +48,49 @@ class Heun(_OneStep):
         return x + (s - t) * 0.5 * (velocity + denoise(euler, s).velocity), None
 
 
+@register("solver", "midpoint")
+@dataclass(frozen=True)
+class Midpoint(Once):
+    """The velocity at the middle of the step, where half of Euler's step leads."""
+
+    needs: ClassVar[tuple[str, ...]] = ("velocity",)
+    order: ClassVar[int] = 2
+    nfe: ClassVar[int] = 2
+
+    def visits(self, t: float, s: float) -> tuple[float, ...]:
+        return (t, (t + s) / 2)
+
+    def step(self, denoise: Denoise, x: Tensor, t: float, s: float, state: None, rng: Draw) -> tuple[Tensor, None]:
+        start, middle = self.visits(t, s)
+        half = x + (middle - t) * denoise(x, start).velocity
+        return x + (s - t) * denoise(half, middle).velocity, None
+
+
+@register("solver", "rk4")
+@dataclass(frozen=True)
+class RK4(Once):
+    """Kutta's 3/8 rule (Kutta 1901), which torchdiffeq, and so SiT, calls rk4. It reads the velocity at t = 0, too."""
+
+    needs: ClassVar[tuple[str, ...]] = ("velocity",)
+    order: ClassVar[int] = 4
+    nfe: ClassVar[int] = 4
+
+    def visits(self, t: float, s: float) -> tuple[float, ...]:
+        return (t, t + (s - t) / 3, t + (s - t) * 2 / 3, s)
+
+    def step(self, denoise: Denoise, x: Tensor, t: float, s: float, state: None, rng: Draw) -> tuple[Tensor, None]:
+        h = s - t
+        t1, t2, t3, t4 = self.visits(t, s)
+        k1 = denoise(x, t1).velocity
+        k2 = denoise(x + h / 3 * k1, t2).velocity
+        k3 = denoise(x + h * (k2 - k1 / 3), t3).velocity
+        k4 = denoise(x + h * (k1 - k2 + k3), t4).velocity
+        return x + h / 8 * (k1 + 3 * (k2 + k3) + k4), None
+
+
 @register("solver", "ddim")
 @dataclass(frozen=True)
-class DDIM(_OneStep):
+class DDIM(Once):
     """alpha x0 + sigma eps at the next time (Song et al. 2020 equation 12).
 
     eta = 0 is deterministic; eta = 1 adds as much noise as DDPM with the posterior variance.
@@ -95,7 +111,7 @@ class DDIM(_OneStep):
 
 @register("solver", "ddpm")
 @dataclass(frozen=True)
-class Ancestral(_OneStep):
+class Ancestral(Once):
     """DDPM's ancestral step: a draw from p(x_s | x_t) (Ho et al. 2020 algorithm 2); the last step takes the mean.
 
     variance: "learned" (the network's second half, DiT), "posterior" (the lower bound) or "beta" (the upper bound).
@@ -123,38 +139,3 @@ class Ancestral(_OneStep):
             raise DitkitError("the network predicts no variance: set solver.variance to 'posterior' or 'beta'")
         low, high = float(q.variance.log()), float(q.beta.log())
         return torch.exp(0.5 * learned_log_variance(prediction.extra, low, high))
-
-
-def check_grid(denoiser: Startable, solver: Solver, times: Sequence[float], name: str = "this grid") -> None:
-    """Raises DitkitError for a grid that does not decrease, or at which the solver cannot read the prediction.
-
-    name: of the grid, for the message.
-    """
-    if len(times) < 2 or any(s >= t for t, s in pairwise(times)):
-        raise DitkitError(f"a grid is at least two decreasing times, and {name} gives {times}")
-    visited = times[:-1] if solver.nfe == 1 or times[-1] == 0 else times
-    denoiser.check(visited, solver.needs, name)
-
-
-def integrate(
-    denoiser: Startable,
-    solver: Solver,
-    times: Sequence[float],
-    x: Tensor,
-    cond: Conditioning,
-    rng: Draw,
-    progress: Callable[[int, Tensor], None] | None = None,
-) -> Tensor:
-    """Sample: x at times[0] to x at times[-1]. `rng.at(k)` is the randomness of the k-th step.
-
-    `progress(k, x)` is called after each step. Raises DitkitError before the first step for a grid that does not
-    decrease or visits a time at which the prediction cannot be read.
-    """
-    check_grid(denoiser, solver, times)
-    denoise = denoiser.start(cond, x.shape, times)
-    state = solver.init(x)
-    for k, (t, s) in enumerate(pairwise(times)):
-        x, state = solver.step(denoise, x, t, s, state, rng.at(k))
-        if progress is not None:
-            progress(k, x)
-    return x
