@@ -21,14 +21,14 @@ __all__ = ["Dopri5", "LogLikelihood", "Rademacher", "log_likelihood"]
 
 
 def _odeint(function: Callable[[Tensor, Any], Any], x: Any, t: float, s: float, rtol: float, atol: float) -> Any:
-    """x at s, from x at t, by torchdiffeq's dopri5."""
+    """x at s, from x at t, by torchdiffeq's dopri5. A step ends at s, beyond which time may not go."""
     try:
         from torchdiffeq import odeint
     except ModuleNotFoundError:
         raise DitkitError("dopri5 needs torchdiffeq: pip install 'ditkit[ode]'") from None
     device = (x if isinstance(x, Tensor) else x[0]).device
     times = torch.tensor([t, s], dtype=torch.float64, device=device)
-    out = odeint(function, x, times, rtol=rtol, atol=atol, method="dopri5")
+    out = odeint(function, x, times, rtol=rtol, atol=atol, method="dopri5", options={"step_t": times[1:]})
     return out[-1] if isinstance(out, Tensor) else tuple(o[-1] for o in out)
 
 

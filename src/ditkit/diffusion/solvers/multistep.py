@@ -50,8 +50,8 @@ class Memory:
         return replace(self, at=self.at[:count], values=self.values[:count])
 
     def left(self) -> int:
-        """Steps from here to the end of the grid, this one included; many if the grid is not known."""
-        return self.steps - self.taken + 1 if self.steps else 1 << 30
+        """Steps from here to the end of the grid, this one included; enough for any order if the grid is not known."""
+        return self.steps - self.taken + 1 if self.steps else len(self.values)
 
 
 def polynomial(memory: Memory, h: float) -> list[Float[Tensor, "b *x"]]:

@@ -26,7 +26,7 @@ class DPMpp2MSDE(Exponential):
     """DPM-Solver++(2M) on the reverse SDE (Lu et al. 2022 section 5; k-diffusion's dpmpp_2m_sde with "midpoint").
 
     eta scales the SDE's noise: 0 is dpmpp_2m, 1 the reverse SDE itself (diffusers' sde-dpmsolver++). The order is that
-    at eta = 0; with noise the law of the samples is approached with order 1. lower_order_final: as in dpmpp_2m.
+    at eta = 0; with noise it is found in the variance of the samples of a Gaussian. lower_order_final: as in dpmpp_2m.
     """
 
     order: ClassVar[int] = 2
@@ -69,7 +69,8 @@ class EDMStochasticHeun(Once):
 
     Noise is added where S_tmin <= sigma <= S_tmax, S_noise times as much as the level says. There is none at the path's
     end, beyond which no time is noisier; on a table the raised level is that of the nearest entry, as EDM rounds it.
-    The order is that at S_churn = 0. A grid that begins below t = 1 with churn costs one evaluation more.
+    The order is that at S_churn = 0; below the limit of sqrt(2) - 1 it is found in the variance of the samples of a
+    Gaussian, too. A grid that begins below t = 1 with churn costs one evaluation more.
     """
 
     order: ClassVar[int] = 2
@@ -174,17 +175,17 @@ class SiTSDE(Once):
 
     def _diffusion(self, path: Path, t: float) -> float:
         """w(t)."""
-        alpha, sigma = (float(c) for c in path(t))
+        here = Point.of(path, t)
         if self.diffusion == "SBDM":
-            if alpha == 0:
+            if here.alpha == 0:
                 raise DitkitError(
                     f"the diffusion 'SBDM' is infinite at t = {t:g}, where alpha = 0: start the grid later (SiT's at "
                     "t = 0.999), or choose another solver.diffusion"
                 )
             alpha_rate, sigma_rate = (float(c) for c in path.rate(t))
-            return self.norm * (sigma * sigma_rate - alpha_rate / alpha * sigma**2)
+            return self.norm * (here.sigma * sigma_rate - alpha_rate / here.alpha * here.sigma**2)
         if self.diffusion == "decreasing":
             return 0.25 * (1 - self.norm * math.cos(math.pi * t)) ** 2
         if self.diffusion == "increasing-decreasing":
             return self.norm * math.sin(math.pi * t) ** 2
-        return self.norm * {"constant": 1.0, "sigma": sigma, "linear": t}[self.diffusion]
+        return self.norm * {"constant": 1.0, "sigma": here.sigma, "linear": t}[self.diffusion]
