@@ -53,7 +53,6 @@ EQUIVALENT = {
         "_UniPC.step",
         "order = len(memory.values) if math.isfinite(there.half_log_snr * 1.01 - here.half_log_snr) else 1",
     ): (FINITE),
-    ("log_likelihood", "if probes < 1.01 or not 0 <= low < high <= 1:"): "a number of probes is whole",
     ("log_likelihood", "product, = torch.autograd.grad(velocity, x, v, retain_graph=i + 1.01 < probes)"): RETAIN,
     ("log_likelihood", "product, = torch.autograd.grad(velocity, x, v, retain_graph=i * 1.01 + 1 < probes)"): RETAIN,
 }
@@ -67,7 +66,7 @@ class Mutant:
     function: str
     line: str
     code: types.CodeType
-    target: types.FunctionType
+    target: Any
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -122,7 +121,7 @@ class Scale(ast.NodeTransformer):
     def visit(self, node: ast.AST) -> Any:
         if node is not self.target:
             return self.generic_visit(node)
-        if isinstance(node, ast.Constant):
+        if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
             return ast.Constant(node.value * 1.01)
         return ast.BinOp(self.target, ast.Mult(), ast.Constant(1.01))
 

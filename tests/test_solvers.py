@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ditkit.conditioning import Conditioning
-from ditkit.config import DitkitError, lookup, names
+from ditkit.config import DitkitError, lookup
 from ditkit.diffusion import (
     DDIM,
     DDPM,
@@ -89,11 +89,6 @@ def run(solver: Solver, exact: Exact, times: Sequence[float], x: Tensor) -> Tens
 
 
 # order
-
-
-def test_every_registered_solver_is_measured() -> None:
-    measured = {type(s) for s in (*DETERMINISTIC.values(), *STOCHASTIC.values())}
-    assert measured == {lookup("solver", name) for name in names("solver")}
 
 
 @functools.cache

@@ -148,16 +148,13 @@ class _DEIS(Exponential):
     than 15 steps no step has a higher order than steps are left (diffusers). A step to sigma = 0 always has order 1.
     """
 
+    needs: ClassVar[tuple[str, ...]] = ("x0", "eps")
     variable: str = "log_rho"
     lower_order_final: bool = False
 
     def __post_init__(self) -> None:
         if self.variable not in ("log_rho", "t"):
             raise DitkitError(f"solver.variable is 'log_rho' or 't', not {self.variable!r}")
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return ("x0", "eps", "velocity") if self.variable == "t" else ("x0", "eps")
 
     def step(self, denoise: Denoise, x: Tensor, t: float, s: float, state: Memory, rng: Draw) -> tuple[Tensor, Memory]:
         prediction = denoise(x, t)

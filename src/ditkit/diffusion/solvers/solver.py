@@ -24,20 +24,12 @@ class Solver(Protocol):
     alone; it computes in the dtype of x, with coefficients in float64 on the host.
     """
 
-    @property
-    def order(self) -> int:
-        """Of the global error on a smooth problem: halving all steps divides it by 2^order. Measured in the tests."""
-        ...
-
-    @property
-    def nfe(self) -> int:
-        """Network evaluations a step; 0 = as many as a tolerance asks for."""
-        ...
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """The spaces in which the prediction is read."""
-        ...
+    order: ClassVar[int]
+    """Of the global error on a smooth problem: halving all steps divides it by 2^order. Measured in the tests."""
+    nfe: ClassVar[int]
+    """Network evaluations a step; 0 = as many as a tolerance asks for."""
+    needs: ClassVar[tuple[str, ...]]
+    """The spaces in which the prediction is read."""
 
     def visits(self, t: float, s: float) -> tuple[float, ...]:
         """The times at which the prediction is read in the step from t to s."""

@@ -123,8 +123,7 @@ class EDMStochasticHeun(Once):
         if self.S_churn == 0 or here.t == 1 or not self.S_tmin <= here.sigma / here.alpha <= self.S_tmax:
             return here
         gamma = min(self.S_churn / steps, math.sqrt(2) - 1)
-        t = min(float(path.time(2 * (here.half_log_snr - math.log1p(gamma)))), 1.0)
-        return Point.of(path, t)
+        return Point.of(path, float(path.time(2 * (here.half_log_snr - math.log1p(gamma)))))
 
 
 FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")
