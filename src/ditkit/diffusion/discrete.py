@@ -20,6 +20,7 @@ from ..config import DitkitError, lookup, register
 from ..rng import Draw, Rng
 from .objective import Loss, Uniform
 from .path import Time, as_time
+from .solvers.solver import Once
 from .token_path import DraxPath, Mixture, TokenPath, components, corrupt, jumps, noise, pick
 
 __all__ = ["CrossEntropy", "GeneralisedKL", "Jumps", "TokenDenoiser", "TokenMeaning", "TokenPrediction"]
@@ -289,14 +290,12 @@ def _look(times: Any, denoiser: TokenDenoiser, x0: Tensor, cond: Conditioning, r
 
 @register("solver", "jumps")
 @dataclass(frozen=True)
-class Jumps:
+class Jumps(Once):
     """Euler steps of the jump process: each token is drawn from `TokenPrediction.transition` (Gat et al. 2024).
 
     temperature: the logits are divided by it. divergence_free: see `TokenPrediction.rates`. The last step takes x0.
     """
 
-    order: ClassVar[int] = 1
-    nfe: ClassVar[int] = 1
     needs: ClassVar[tuple[str, ...]] = ("jumps",)
     temperature: float = 1.0
     divergence_free: float = 0.0
@@ -307,9 +306,6 @@ class Jumps:
                 f"solver.temperature is above 0 and solver.divergence_free not below 0, not {self.temperature} and "
                 f"{self.divergence_free}"
             )
-
-    def init(self, x: Tensor) -> None:
-        return None
 
     def step(
         self, denoise: Callable[[Tensor, Time], Any], x: Int[Tensor, "b l"], t: float, s: float, state: None, rng: Draw
