@@ -124,7 +124,7 @@ def test_absent_fields_take_their_defaults() -> None:
         ({"type": "model/dti"}, "unknown model 'dti'.*did you mean dit"),
         ({"type": "modle/dit"}, "unknown kind 'modle'.*did you mean.*model"),
         ({"type": "model/dit", "dept": 3}, "no field 'dept'.*did you mean depth"),
-        ({"type": "model/dit", "zzz": 3}, "no field 'zzz'.*known: depth, hidden_size"),
+        ({"type": "model/dit", "zzz": 3}, "no field 'zzz'.*known: conditioning, depth, frequency_shift, hidden_size"),
         ({"depth": 3}, 'without "type"'),
         ({"type": "dit"}, 'without "type"'),
         ({"type": ["model/dit"]}, "unknown"),

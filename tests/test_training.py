@@ -104,6 +104,7 @@ def test_what_the_objective_learns_is_trained_saved_and_resumed_bit_exactly(tiny
 def test_five_kills_at_random_moments_leave_no_trace(tmp_path: Path) -> None:
     """SIGKILL while training or while writing a checkpoint; the same command goes on to the same bits."""
     words = [*TINY_FLAGS, "--train.steps", "200", "--train.checkpoint-every", "4", "--train.log-every", "3"]
+    words += ["--train.ema-stds", "0.05", "0.1", "--train.snapshot-every", "7"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def start(out: Path) -> subprocess.Popen[bytes]:
@@ -130,6 +131,10 @@ def test_five_kills_at_random_moments_leave_no_trace(tmp_path: Path) -> None:
         kills += 1
     assert start(killed.folder).wait(timeout=300) == 0
     assert_same(whole, killed)
+    assert [p.name for p in whole.snapshots()] == [p.name for p in killed.snapshots()]
+    for folder in whole.snapshots():
+        for file in folder.glob("*.safetensors"):
+            assert file.read_bytes() == (killed.folder / "snapshots" / folder.name / file.name).read_bytes()
     assert not list(killed.folder.rglob(".writing-*"))
 
 
@@ -189,7 +194,7 @@ def test_the_averages_are_what_their_decays_say(tiny: Recipe) -> None:
             new = trainer.model.parameters()
             expected[decay] = [decay * c + (1 - decay) * p.detach().double() for c, p in zip(copies, new, strict=True)]
     for decay, copies in expected.items():
-        for value, wanted in zip(trainer.averages.tensors(decay).values(), copies, strict=True):
+        for value, wanted in zip(trainer.averages.tensors(f"ema-{decay}").values(), copies, strict=True):
             torch.testing.assert_close(value.double(), wanted, rtol=1e-5, atol=1e-7)
 
 

@@ -326,9 +326,9 @@ def test_a_trainer_that_begins_keeps_its_averages_apart_from_its_weights(tiny: R
     recipe = tiny.fitted(data)
     trainer = Trainer(recipe, data)
     trainer.begin(begin_from(tmp_path / "first", recipe))
-    before = {name: value.clone() for name, value in trainer.averages.tensors(0.9).items()}
+    before = {name: value.clone() for name, value in trainer.averages.tensors("ema-0.9").items()}
     trainer.advance(trainer.read(0))
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad:
             lerped = torch.lerp(before[name], parameter.detach(), 0.1)
-            assert_close(trainer.averages.tensors(0.9)[name], lerped, msg=name)
+            assert_close(trainer.averages.tensors("ema-0.9")[name], lerped, msg=name)

@@ -88,7 +88,7 @@ class Pipeline:
         for name in changes:
             if name not in known:
                 raise DitkitError(f"sampling has no setting {name!r}: {near(name, known)}")
-        if "ema" in changes:
+        if "ema" in changes or "ema_std" in changes:
             raise DitkitError("the weights are chosen when a pipeline is loaded: ditkit.load(run, ema=...)")
         for name in ("interval", "guides"):
             if name in changes:
@@ -184,21 +184,32 @@ class Pipeline:
 
 
 def load(
-    run_or_checkpoint: str | Path, *, ema: float | None = None, device: str = "auto", dtype: str = "fp32"
+    run_or_checkpoint: str | Path,
+    *,
+    ema: float | None = None,
+    ema_std: float | None = None,
+    device: str = "auto",
+    dtype: str = "fp32",
 ) -> Pipeline:
     """The pipeline of a run folder (its newest checkpoint) or of one checkpoint.
 
-    ema: which averaged weights, None = those of the recipe (the first), 0 = the weights themselves. dtype: fp32, or
-    bf16 for the network alone (the solver stays in float32). Raises DitkitError for a missing, damaged or
-    foreign folder.
+    ema: which averaged weights, None = those of the recipe (the first), 0 = the weights themselves. ema_std: a
+    power-function average of this length instead, made from the run's snapshots where it was not tracked. dtype: fp32,
+    or bf16 for the network alone (the solver stays in float32). Raises DitkitError for a missing, damaged or foreign
+    folder.
     """
     checkpoint = find_checkpoint(run_or_checkpoint)
     recipe = checkpoint.recipe
     if Run(run_or_checkpoint).exists():  # how to sample and measure may have been changed since the checkpoint
         now = Run(run_or_checkpoint).recipe()
         recipe = dataclasses.replace(recipe, sample=now.sample, evaluate=now.evaluate)
-    name = checkpoint.choice(ema, recipe)
-    weights = checkpoint.tensors(name)
+    if ema is not None or ema_std is not None:
+        recipe = dataclasses.replace(recipe, sample=dataclasses.replace(recipe.sample, ema=ema, ema_std=ema_std))
+    if recipe.sample.ema_std is not None:
+        weights, name = checkpoint.average(recipe.sample.ema_std)
+    else:
+        name = checkpoint.choice(None, recipe)
+        weights = checkpoint.tensors(name)
     with torch.device("meta"):
         model = recipe.model.build()
     try:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import models  # the registry must know every model before a recipe is read
+from .averaging import decay_name, exponent, std_name
 from .codecs import Pixels
 from .conditioners import Label
 from .config import DitkitError, from_json, lookup, register, registered_as, to_json
@@ -41,6 +42,12 @@ class Train:
     """fp32, or bf16: autocast over float32 master weights."""
     emas: tuple[float, ...] = (0.9999,)
     """Decays of the averaged weights kept side by side; the first is what sampling uses."""
+    ema_stds: tuple[float, ...] = ()
+    """Lengths of power-function averages (EDM2), as shares of the training: 0.05 0.10. Without emas sampling uses the
+    first."""
+    snapshot_every: int = 0
+    """Steps between stored snapshots of the power-function averages, from which one of any length is made afterwards;
+    0 = none. They are not pruned."""
     compile: bool = False
     """Compile each block with torch.compile."""
     log_every: int = 10
@@ -63,13 +70,28 @@ class Train:
             raise DitkitError(f"train.batch {self.batch} cannot be cut into train.accumulate {self.accumulate} parts")
         if not self.lr > 0 or not all(0 <= b < 1 for b in self.betas):
             raise DitkitError(f"train.lr must be above 0 and train.betas in [0, 1), not {self.lr} and {self.betas}")
-        for name in ("weight_decay", "warmup", "cooldown", "clip", "sample_every"):
+        for name in ("weight_decay", "warmup", "cooldown", "clip", "sample_every", "snapshot_every"):
             if not getattr(self, name) >= 0:
                 raise DitkitError(f"train.{name} must not be negative, it is {getattr(self, name)}")
         if self.precision not in ("fp32", "bf16"):
             raise DitkitError(f"train.precision is fp32 or bf16, not {self.precision!r}")
-        if not self.emas or not all(0 <= d < 1 for d in self.emas) or len(set(self.emas)) < len(self.emas):
+        if not (self.emas or self.ema_stds) or not all(0 <= d < 1 for d in self.emas) or _twice(self.emas):
             raise DitkitError(f"train.emas are different decays in [0, 1), at least one, not {self.emas}")
+        for std in self.ema_stds:
+            exponent(std)
+        if _twice(self.ema_stds):
+            raise DitkitError(f"train.ema_stds are different lengths, not {self.ema_stds}")
+        if self.snapshot_every and not self.ema_stds:
+            raise DitkitError("train.snapshot_every stores power-function averages: set train.ema_stds 0.05 0.1, too")
+
+    @property
+    def averages(self) -> tuple[str, ...]:
+        """The names of all averages."""
+        return (*map(decay_name, self.emas), *map(std_name, self.ema_stds))
+
+
+def _twice(values: tuple[float, ...]) -> bool:
+    return len(set(values)) < len(values)
 
 
 @register("settings", "sample")
@@ -94,6 +116,8 @@ class Sample:
     """rescale: what is done with the sum of all guides."""
     ema: float | None = None
     """Which of the averaged weights; None = the first, 0 = the weights themselves."""
+    ema_std: float | None = None
+    """The length of a power-function average instead."""
     batch: int = 64
 
     def __post_init__(self) -> None:
@@ -109,6 +133,10 @@ class Sample:
             raise DitkitError(f"sampling takes at least 1 step, not {self.steps}")
         if self.batch < 1:
             raise DitkitError(f"sample.batch must be at least 1, not {self.batch}")
+        if self.ema_std is not None:
+            exponent(self.ema_std)
+            if self.ema is not None:
+                raise DitkitError("choose averaged weights by their decay (ema) or by their length (ema_std), not both")
         # what CFG accepts, said before anything is trained
         CFG(self.guidance, interval=self.interval, channels=self.channels)
 
@@ -116,6 +144,14 @@ class Sample:
         """Plain guidance, where its scale is not 1, and the others."""
         plain = CFG(self.guidance, interval=self.interval, channels=self.channels)
         return self.guides if self.guidance == 1 else (plain, *self.guides)
+
+    def average(self, train: Train) -> str:
+        """The name of the weights to sample with: "ema-0.9999", "ema-std-0.05", or "model" for those not averaged."""
+        if self.ema_std is not None:
+            return std_name(self.ema_std)
+        if self.ema is None:
+            return train.averages[0]
+        return decay_name(self.ema) if self.ema else "model"
 
 
 @register("settings", "gate")

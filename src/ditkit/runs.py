@@ -3,7 +3,8 @@
 recipe.json                     the recipe, fitted to the data
 init.json                       the weights it began with, if any, and what became of each tensor
 log.jsonl                       one row per `log_every` steps
-checkpoints/step-00001000/      model, ema-DECAY, optimizer .safetensors, state.json with their sizes and hashes
+checkpoints/step-00001000/      model, averages, optimizer .safetensors, state.json with their sizes and hashes
+snapshots/step-00001000/        power-function averages, from which those of other lengths are made; never pruned
 samples/step-00001000.png       sample sheets
 report.html, report.json, ...   what `ditkit evaluate` writes
 """
@@ -15,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .averaging import reconstruction, std_name
 from .config import DitkitError
 from .recipe import Recipe
 
 __all__ = ["Checkpoint", "Run", "atomic_write", "find_checkpoint"]
 
 _TEMPORARY = ".writing-"
+LARGEST_RESIDUAL = 0.1
+"""The largest share of a profile that may be missing from a combination of others."""
 
 
 def _sync(path: Path) -> None:
@@ -99,8 +103,46 @@ class Checkpoint:
     @property
     def emas(self) -> tuple[float, ...]:
         """Decays of the averaged weights that are stored."""
-        names = self.state["files"]
-        return tuple(float(n[4:-12]) for n in names if n.startswith("ema-"))
+        return tuple(float(n) for n in self._averages() if not n.startswith("std-"))
+
+    @property
+    def stds(self) -> tuple[float, ...]:
+        """Lengths of the power-function averages that are stored."""
+        return tuple(float(n.removeprefix("std-")) for n in self._averages() if n.startswith("std-"))
+
+    def _averages(self) -> list[str]:
+        files = self.state["files"]
+        return [n.removeprefix("ema-").removesuffix(".safetensors") for n in files if n.startswith("ema-")]
+
+    def average(self, std: float) -> tuple[dict[str, Tensor], str]:
+        """The power-function average of any length at this step, and what it was made from.
+
+        One that was tracked is read; another is made from this checkpoint's and the snapshots of its run before it.
+        Raises DitkitError if none are stored, or if what is stored cannot come near that length.
+        """
+        if std in self.stds:
+            return self.tensors(std_name(std)), std_name(std)
+        if not self.stds:
+            raise DitkitError(
+                f"{self.folder} holds no power-function averages, from which one of another length could be made: "
+                "train with --train.ema-stds 0.05 0.1 --train.snapshot-every STEPS"
+            )
+        folders = [p for p in Run(self.folder.parent.parent).snapshots() if step_of(p) < self.step]
+        stored = [(s, length) for s in (*map(Checkpoint, folders), self) for length in s.stds]
+        factors, missing = reconstruction([(s.step, length) for s, length in stored], (self.step, std))
+        if missing > LARGEST_RESIDUAL:
+            raise DitkitError(
+                f"the averages of {self.folder} and the {len(folders)} snapshots before it do not add up to one of the "
+                f"length {std}: {missing:.0%} of its profile would be missing; choose a length nearer to {self.stds}, "
+                "or train with more snapshots (--train.snapshot-every)"
+            )
+        total: dict[str, Tensor] = {}
+        for (source, length), factor in zip(stored, factors.tolist(), strict=True):
+            for key, value in source.tensors(std_name(length)).items():
+                part = value.double() * factor
+                total[key] = part if key not in total else total[key].add_(part)
+        made = {key: value.float() for key, value in total.items()}
+        return made, f"{std_name(std)} made from {len(stored)} averages, {missing:.2%} missing"
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -113,14 +155,14 @@ class Checkpoint:
         Raises DitkitError for a decay that is not there.
         """
         wanted = recipe.sample.ema if ema is None else ema
-        if wanted is None:
-            wanted = recipe.train.emas[0]
         if wanted and wanted not in self.emas:
             raise DitkitError(f"{self.folder} has averaged weights of the decays {self.emas}, not {wanted}")
+        if ema is None:
+            return recipe.sample.average(recipe.train)
         return f"ema-{wanted}" if wanted else "model"
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of "model", "ema-0.9999" or "optimizer". Raises DitkitError for corrupt files."""
+        """The tensors of "model", "ema-0.9999", "ema-std-0.05" or "optimizer". Raises DitkitError for corrupt files."""
         path = self.folder / f"{name}.safetensors"
         if path.name not in self.state["files"]:
             raise DitkitError(f"the checkpoint {self.folder} holds no {path.name}")
@@ -185,7 +227,7 @@ class Run:
     def begin(self, recipe: Recipe) -> None:
         """Make the folder and write the recipe; leftovers of a crash are removed."""
         atomic_write(self.folder / "recipe.json", recipe.to_json())
-        for leftover in (*self.folder.glob(f"{_TEMPORARY}*"), *self.folder.glob(f"checkpoints/{_TEMPORARY}*")):
+        for leftover in (p for where in (".", "checkpoints", "snapshots") for p in self._leftovers(where)):
             if leftover.is_dir():
                 shutil.rmtree(leftover)
             else:
@@ -203,9 +245,16 @@ class Run:
         except (OSError, ValueError, TypeError) as error:
             raise DitkitError(f"{path} is damaged: {_reason(error)}") from None
 
+    def _leftovers(self, where: str) -> list[Path]:
+        return list((self.folder / where).glob(f"{_TEMPORARY}*"))
+
     def checkpoints(self) -> list[Path]:
         """Folders of finished checkpoints, oldest first."""
         return sorted((self.folder / "checkpoints").glob("step-*"))
+
+    def snapshots(self) -> list[Path]:
+        """Folders of finished snapshots of power-function averages, oldest first."""
+        return sorted((self.folder / "snapshots").glob("step-*"))
 
     def newest(self) -> Checkpoint | None:
         """The newest complete checkpoint, None before the first. Raises DitkitError if it is damaged."""
@@ -213,13 +262,18 @@ class Run:
         return Checkpoint(found[-1]) if found else None
 
     def save(
-        self, step: int, recipe: Mapping[str, Any], groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+        self,
+        step: int,
+        recipe: Mapping[str, Any],
+        groups: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping[str, Any],
+        where: str = "checkpoints",
     ) -> Path:
-        """Write a checkpoint under a temporary name, fsync everything, rename.
+        """Write a checkpoint, or a snapshot, under a temporary name, fsync everything, rename.
 
         Raises DitkitError if that fails (a full disk); older checkpoints stay whole and the attempt is removed.
         """
-        final = self.folder / "checkpoints" / f"step-{step:08d}"
+        final = self.folder / where / f"step-{step:08d}"
         if final.exists():
             return final
         temporary = final.with_name(f"{_TEMPORARY}{os.getpid()}-{final.name}")
@@ -246,11 +300,12 @@ class Run:
         return final
 
     def prune(self, keep: int) -> None:
-        """Remove all but the newest checkpoints; a folder loses its name first, so that it is never half there."""
-        for folder in self.checkpoints()[:-keep]:
-            doomed = folder.with_name(f"{_TEMPORARY}{folder.name}")
-            folder.rename(doomed)
-            shutil.rmtree(doomed)
+        """Remove all but the newest checkpoints."""
+        _remove(self.checkpoints()[:-keep])
+
+    def cut_snapshots(self, step: int) -> None:
+        """Remove the snapshots after a step: what comes there next need not be what came there before."""
+        _remove([p for p in self.snapshots() if step_of(p) > step])
 
     def rows(self) -> list[dict[str, Any]]:
         """The log, without a last line that a kill cut off."""
@@ -268,6 +323,22 @@ class Run:
         if self.log.exists():
             kept = [json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step and row["step"] % every == 0]
             atomic_write(self.log, "".join(kept))
+
+
+def step_of(folder: Path) -> int:
+    """The step in the name of a checkpoint or snapshot. Raises DitkitError for a name without one."""
+    number = folder.name.removeprefix("step-")
+    if not number.isdecimal():
+        raise DitkitError(f"{folder} is no checkpoint of a run: move it elsewhere")
+    return int(number)
+
+
+def _remove(folders: Iterable[Path]) -> None:
+    """Each folder loses its name first, so that it is never half there."""
+    for folder in folders:
+        doomed = folder.with_name(f"{_TEMPORARY}{folder.name}")
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
 
 
 def find_checkpoint(path: str | Path) -> Checkpoint:

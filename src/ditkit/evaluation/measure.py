@@ -197,7 +197,7 @@ def sampling_protocol(pipeline: Pipeline, chosen: Sample, count: int, seed: int)
         "checkpoint": pipeline.origin,
         "samples": count,
         "labels": "classes in turn" if pipeline.classes else "none",
-        "sampling": {k: v for k, v in to_json(chosen).items() if k not in ("type", "batch", "ema")},
+        "sampling": {k: v for k, v in to_json(chosen).items() if k not in ("type", "batch", "ema", "ema_std")},
         "seed": seed,
         "dtype": "float32",
         "device": str(pipeline.device),

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..averaging import std_name
 from ..codecs import Codec
 from ..config import DitkitError, differences, to_json
 from ..data import Batch, Dataset, InMemory, Order
@@ -37,7 +38,7 @@ from .log import Log
 __all__ = ["Trainer", "train"]
 
 _MAY_CHANGE = ("train", "sample", "evaluate")
-_FIXED = ("train.batch", "train.emas", "train.precision")
+_FIXED = ("train.batch", "train.ema", "train.precision")
 
 
 def train(recipe: Recipe, folder: str | Path, *, init: str | Path | None = None, quiet: bool = False) -> bool:
@@ -87,6 +88,7 @@ def train(recipe: Recipe, folder: str | Path, *, init: str | Path | None = None,
             run.note({"init": str(init), **report})
         run.begin(recipe)
         run.cut_log(trainer.step, recipe.train.log_every)
+        run.cut_snapshots(trainer.step)
         return _steps(trainer, run, checkpoint, quiet)
 
 
@@ -117,7 +119,7 @@ class Trainer:
             weight_decay=settings.weight_decay,
             fused=True,
         )
-        self.averages = Averages(self.model, settings.emas)
+        self.averages = Averages(self.model, settings.emas, settings.ema_stds)
         self.rng = Rng(recipe.seed)
         self.order = Order(self.rng, len(data.train))
         self.step = 0
@@ -134,6 +136,11 @@ class Trainer:
         recipe, ids = self.recipe, torch.arange(2)
         if recipe.sample.ema and recipe.sample.ema not in self.settings.emas:
             raise DitkitError(f"sample.ema is {recipe.sample.ema}, but train.emas are {self.settings.emas}")
+        if recipe.sample.ema_std is not None and recipe.sample.ema_std not in self.settings.ema_stds:
+            raise DitkitError(
+                f"sample.ema_std is {recipe.sample.ema_std}, but train.ema_stds are {self.settings.ema_stds}; "
+                "other lengths are made after training: ditkit sample RUN --ema-std"
+            )
         pipeline = self.pipeline()
         pipeline.check()
         pipeline.sample(count=2, steps=2)
@@ -160,8 +167,8 @@ class Trainer:
             became = transfer(start.config, start.weights, self.model)
         except DitkitError as error:
             raise DitkitError(f"{start.origin}: {error}") from None
-        for decay in self.averages.decays:
-            self.averages.restore(decay, dict(self.model.named_parameters()))
+        for name in self.averages.names:
+            self.averages.restore(name, dict(self.model.named_parameters()))
         lines = [f"begins from {start.origin}", *became.lines()]
         if (old := to_json(start.denoiser)) != (new := to_json(self.recipe.denoiser)):
             lines.append("their output meant something else, and learns anew: " + "; ".join(differences(new, old)))
@@ -220,17 +227,17 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.averages.update()
+        self.averages.update(number)
         self.step = number
         return sums, norm, rate
 
     def pipeline(self) -> Pipeline:
         """A pipeline on the averaged weights that sampling uses; it shares their memory."""
         recipe = self.recipe
-        decay = recipe.train.emas[0] if recipe.sample.ema is None else recipe.sample.ema
+        name = recipe.sample.average(recipe.train)
         with torch.device("meta"):
             model = recipe.model.build()
-        weights = self.averages.tensors(decay) if decay else dict(self.model.state_dict())
+        weights = dict(self.model.state_dict()) if name == "model" else self.averages.tensors(name)
         model.load_state_dict(weights, assign=True)
         return Pipeline(recipe, model, recipe.model.shape, f"step {self.step}")
 
@@ -241,18 +248,23 @@ class Trainer:
             f"{key}.{names[p]}": value for p, slots in self.optimizer.state.items() for key, value in slots.items()
         }
         groups: dict[str, Mapping[str, Tensor]] = {"model": self.model.state_dict(), "optimizer": optimizer}
-        for decay in self.averages.decays:
-            groups[f"ema-{decay}"] = self.averages.tensors(decay)
+        for name in self.averages.names:
+            groups[name] = self.averages.tensors(name)
         if isinstance(self.objective, nn.Module):
             groups["objective"] = self.objective.state_dict()
         state = {"log": self.log_state, "data": self.data.source, "torch": torch.__version__}
         return run.save(self.step, to_json(self.recipe), groups, state)
 
+    def snapshot(self, run: Run) -> None:
+        """Store the power-function averages of this step, from which those of other lengths are made afterwards."""
+        groups = {name: self.averages.tensors(name) for name in map(std_name, self.settings.ema_stds)}
+        run.save(self.step, to_json(self.recipe), groups, {"log": {}}, where="snapshots")
+
     def restore(self, checkpoint: Checkpoint) -> None:
         """Become what the checkpoint was. Raises DitkitError if it is damaged or of another model."""
         self.model.load_state_dict(checkpoint.tensors("model"))
-        for decay in self.averages.decays:
-            self.averages.restore(decay, checkpoint.tensors(f"ema-{decay}"))
+        for name in self.averages.names:
+            self.averages.restore(name, checkpoint.tensors(name))
         if isinstance(self.objective, nn.Module):
             self.objective.load_state_dict(checkpoint.tensors("objective"))
         slots = checkpoint.tensors("optimizer")
@@ -297,6 +309,8 @@ def _steps(trainer: Trainer, run: Run, saved: Checkpoint | None, quiet: bool) ->
             # the sheet first: a kill in between then repeats both, and loses neither
             if settings.sample_every and (trainer.step % settings.sample_every == 0 or done):
                 _sheet(trainer, run)
+            if settings.snapshot_every and trainer.step % settings.snapshot_every == 0:
+                trainer.snapshot(run)
             if trainer.step % settings.checkpoint_every == 0 or done:
                 log.sync()
                 last = trainer.save(run)
