@@ -310,6 +310,7 @@ def test_an_imported_run_samples_and_says_what_it_lacks(tmp_path: Path, ditkit: 
         ("sample", "runs/checkpoint-last", "--ema", "0"): "holds no model.safetensors",
         ("import", "checkpoint-last.pth"): "is not empty",
         ("import", "nothing.pt"): "there is no file nothing.pt",
+        ("import", "runs/checkpoint-last", "--out", "b"): "is a run of ditkit already",
         ("import", "x.safetensors", "--out", "b", "--autoencoder", "x"): "works on pixels",
         ("export", "runs/checkpoint-last", "--format", "diffusers", "--out", "d"): "use --format official",
         ("export", "runs/checkpoint-last", "--format", "onnx", "--out", "d"): "official or diffusers",

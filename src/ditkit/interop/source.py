@@ -165,7 +165,9 @@ def _folder(path: Path) -> Source:
     """A folder of diffusers: transformer/config.json with .safetensors, in shards or not, or with .bin beside it."""
     inner = path / "transformer" if (path / "transformer").is_dir() else path
     if not (inner / "config.json").is_file():
-        raise DitkitError(f"{path} is neither a folder of diffusers (no transformer/config.json) nor a run")
+        if (path / "recipe.json").is_file() or (path / "state.json").is_file():
+            raise DitkitError(f"{path} is a run of ditkit already: use it as it is")
+        raise DitkitError(f"{path} is no folder of diffusers: it holds no transformer/config.json")
     base = "diffusion_pytorch_model"
     root = path if inner != path else path.parent
     if (index := inner / f"{base}.safetensors.index.json").is_file():
