@@ -132,7 +132,7 @@ def test_absent_fields_take_their_defaults() -> None:
         ({"type": "model/"}, 'without "type"'),
         # registered, but not configurations
         ({"type": "clock/t"}, "clock/t"),
-        ({"type": "grid/uniform"}, "grid/uniform"),
+        ({"type": "space/x0"}, "space/x0"),
         ({"type": "size/dit_s_2"}, "size/dit_s_2"),
         # no import paths
         ({"type": "ditkit.models.dit.DiTConfig"}, 'without "type"'),
@@ -178,13 +178,18 @@ def test_a_wrong_name_is_an_error_that_helps(value: Any, says: str) -> None:
         ("conditioner/label", "classes", "cat"),
         ("recipe/recipe", "train", {"type": "settings/sample"}),
         ("recipe/recipe", "train", "fast"),
-        ("recipe/recipe", "denoiser", {"type": "path/linear"}),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused_by_name(name: str, field: str, value: Any) -> None:
     known = to_json(example(REGISTERED[name]))
     with pytest.raises(DitkitError, match=re.escape(f"here.json: {name}.{field} must be ")):
         from_json({**known, field: value}, "here.json")
+
+
+def test_a_configuration_of_another_kind_is_refused_by_name() -> None:
+    known = to_json(example(REGISTERED["recipe/recipe"]))
+    with pytest.raises(DitkitError, match=r"here.json: recipe/recipe: denoiser cannot be a path"):
+        from_json({**known, "denoiser": {"type": "path/linear"}}, "here.json")
 
 
 def test_whole_numbers_are_accepted_for_floats() -> None:
