@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, get_origin, get_type_hints
 
-from ..config import DitkitError, from_json, lookup, names
+from ..config import DitkitError, from_json, lookup, names, near
 
 __all__ = ["guidance_arguments", "guidance_settings", "read"]
 
@@ -26,8 +26,11 @@ def read(kind: str, words: Sequence[str]) -> tuple[Any, ...]:
             raise DitkitError(f"{word} belongs to no {kind}: name one before it ({', '.join(names(kind))})")
         else:
             name, fields = found[-1]
+            known = [f.name for f in dataclasses.fields(lookup(kind, name))]
+            if field not in known:
+                raise DitkitError(f"the {kind} {name} has no field {field!r}: {near(field, known)}")
             parts = [_value(part) for part in text.split(",")]
-            several = get_origin(get_type_hints(lookup(kind, name)).get(field)) is tuple or len(parts) > 1
+            several = get_origin(get_type_hints(lookup(kind, name))[field]) is tuple or len(parts) > 1
             fields[field] = parts if several else parts[0]
     for name, fields in found:
         for field in dataclasses.fields(lookup(kind, name)):

@@ -76,7 +76,8 @@ class CFGPP(CFG):
         s = at.next
         if at.t <= s:
             return self.scale - 1
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = ((float(c) for c in at.path(time)) for time in (at.t, s))
+        # from the beginning of the step: within it, where some solvers look too, the rest of the step tends to nothing
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = ((float(c) for c in at.path(time)) for time in (at.begin, s))
         return self.scale * alpha_s * sigma_t / (alpha_s * sigma_t - sigma_s * alpha_t) - 1
 
 

@@ -53,6 +53,11 @@ class Moment:
         return min(max(after - 1, 0), self.steps - 1)
 
     @property
+    def begin(self) -> float:
+        """Where the step begins."""
+        return self.times[self.step]
+
+    @property
     def next(self) -> float:
         """Where the step ends."""
         return self.times[self.step + 1]
