@@ -282,7 +282,7 @@ def test_apg_is_the_papers_algorithm_on_x0() -> None:
     ids=["ddpm", "vp", "linear 2", "linear"],
 )
 def test_cfg_pp_is_the_papers_step(scale: float, meaning: Meaning, times: tuple[float, ...]) -> None:
-    """x_s = alpha_s x0_guided + sigma_s eps_null (Chung et al. 2024, algorithm 2): DDIM, and Euler on the linear path."""
+    """x_s = alpha_s x0_guided + sigma_s eps_null (Chung et al. 2024, algorithm 2)."""
     x = images()
     expected = x
     denoiser = meaning.of(Network())
