@@ -26,19 +26,25 @@ from ditkit.diffusion import (
     CFG,
     DDIM,
     DDPM,
+    GVP,
+    RK4,
+    VP,
     Ancestral,
     Denoise,
     Denoiser,
     Discrete,
     Euler,
     Heun,
+    Likelihood,
     Linear,
     LogitNormal,
     Meaning,
     Prediction,
     Regression,
+    SiTSDE,
     guide,
     integrate,
+    row,
 )
 from ditkit.models import DiT, DiTConfig, JiT, JiTConfig
 from ditkit.rng import Replay
@@ -139,11 +145,11 @@ def check_dit(golden: Golden) -> None:
     x, t, label = golden["cfg/x"], golden["cfg/t"], golden["cfg/y"]
     half = len(x) // 2
     halves = both_halves(denoiser, label[:half], label[half:], 4.0)
-    for row in range(half):
-        assert t[row] == t[row + half]
-        rows = torch.tensor([row, row + half])
-        halves = both_halves(denoiser, label[row : row + 1], label[row + half : row + half + 1], 4.0)
-        prediction = halves(x[rows], (int(t[row]) + 1) / path.steps)
+    for i in range(half):
+        assert t[i] == t[i + half]
+        rows = torch.tensor([i, i + half])
+        halves = both_halves(denoiser, label[i : i + 1], label[i + half : i + half + 1], 4.0)
+        prediction = halves(x[rows], (int(t[i]) + 1) / path.steps)
         assert prediction.extra is not None
         one_pass(torch.cat((prediction.out, prediction.extra), dim=1), golden["cfg/out_scale4"][rows])
 
@@ -199,7 +205,67 @@ def check_jit(golden: Golden) -> None:
             assert_close(out, golden[key])
 
 
-SYSTEMS = {"facebookresearch/DiT": check_dit, "LTH14/JiT": check_jit}
+SIT_PATHS: dict[str, Any] = {"Linear": Linear(), "GVP": GVP(), "VP": VP()}
+SIT_PREDICTIONS = {"velocity": "-velocity", "score": "score", "noise": "eps"}
+# the squared error is taken in eps unless a weighting says otherwise: (sigma out + noise)^2 for the score
+SIT_LOSSES: dict[str, tuple[str, Any]] = {
+    "none": ("eps", None),
+    "velocity": ("velocity", None),
+    "likelihood": ("eps", Likelihood()),
+}
+
+
+def sit_network(x: Tensor, t: Tensor, cond: Conditioning, *, edit: Any = None) -> Tensor:
+    """The network of the file's metadata, in SiT's time."""
+    return torch.tanh(0.7 * x + 0.3 * t.view(-1, *[1] * (x.ndim - 1))) + 0.1 * x
+
+
+def check_sit_transport(golden: Golden) -> None:
+    """SiT's time runs from noise to data: its t is 1 - t, and velocities turn their sign."""
+    assert golden.meta["network"].startswith("tanh(0.7*x + 0.3*t) + 0.1*x")
+    assert golden.meta["sde"] == "Euler-Maruyama, last_step Mean, last_step_size 0.04"
+    t, x0, noise = 1 - golden["t"].double(), golden["data"], golden["noise"]
+    draws = Replay({"t": t, "noise": noise})
+    nothing = Conditioning()
+    for name, path in SIT_PATHS.items():
+        if f"{name}/xt" in golden.tensors:
+            alpha, sigma = (c.view(-1, 1, 1, 1) for c in path(t))
+            one_pass((alpha * x0 + sigma * noise).float(), golden[f"{name}/xt"])
+            a, b = (c.view(-1, 1, 1, 1) for c in row("-velocity", path, t))
+            one_pass((a * x0 + b * noise).float(), golden[f"{name}/velocity_target"])
+    for key in golden.tensors:
+        name, *rest = key.split("/")
+        if rest and rest[-1] == "loss":
+            prediction, weighting = rest[:2]
+            denoiser = Meaning(SIT_PATHS[name], SIT_PREDICTIONS[prediction], "1-t").of(sit_network)
+            space, weight = SIT_LOSSES[weighting]
+            space = "velocity" if prediction == "velocity" else space
+            loss = Regression(space, weighting=weight).loss(denoiser, x0, nothing, draws)
+            one_pass(loss.total, golden[key])
+
+    noises, init = list(golden["sde_noises"]), golden["init"]
+    steps = int(golden.meta["steps"].split(":")[1].split()[0])
+    for key, (first, last), (_, eps) in json.loads(golden.meta["intervals"]):
+        name, prediction, _ = key.split("/")
+        path = SIT_PATHS[name]
+        denoiser = Meaning(path, SIT_PREDICTIONS[prediction], "1-t").of(sit_network)
+        ode = lookup("grid", "sit")(eps)(steps, path, 0)
+        assert (1 - ode[0], 1 - ode[-1]) == pytest.approx((first, last), abs=1e-12)
+        for method, solver in {"euler": Euler(), "rk4": RK4()}.items():
+            out = integrate(denoiser, solver, ode, init, nothing, Replay({}))
+            many_steps(out, golden[f"{key}/ode_{method}"])
+        sde = lookup("grid", "sit")(eps, 0.04)(len(noises) + 1, path, 0)
+        for form in ("sigma", "linear"):
+            solver = SiTSDE(form, last_step="Mean")
+            out = integrate(denoiser, solver, sde, init, nothing, Replay({"solver": noises}))
+            many_steps(out, golden[f"{key}/sde_euler_{form}"])
+
+
+SYSTEMS = {
+    "facebookresearch/DiT": check_dit,
+    "LTH14/JiT": check_jit,
+    "willisma/SiT transport": check_sit_transport,
+}
 
 
 def test_there_are_golden_files() -> None:
