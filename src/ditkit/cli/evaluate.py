@@ -18,7 +18,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, help="how many samples to draw")
     parser.add_argument("--steps", type=int, help="solver steps")
     guidance_arguments(parser)
-    parser.add_argument("--solver", help="euler, heun, ddim, ddpm")
+    parser.add_argument("--solver", help="how a step is taken: euler, heun, ddim, dpmpp_2m, unipc_3, ...")
     parser.add_argument("--batch", type=int, help="images computed at once")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")

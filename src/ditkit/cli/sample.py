@@ -23,7 +23,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, default=16, help="how many samples (default: 16)")
     parser.add_argument("--steps", type=int, help="solver steps")
     guidance_arguments(parser)
-    parser.add_argument("--solver", help="euler, heun, ddim, ddpm")
+    parser.add_argument("--solver", help="how a step is taken: euler, heun, ddim, dpmpp_2m, unipc_3, ...")
+    parser.add_argument("--grid", help="which times are visited: uniform, karras, sd3, ...")
     parser.add_argument("--seed", type=int, default=0, help="sample i depends on the seed, i and its label alone")
     parser.add_argument("--ema", type=float, help="decay of the averaged weights to use, 0 = the weights themselves")
     parser.add_argument("--ema-std", type=float, help="length of a power-function average to use, as 0.07")
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from ..sheet import rendered, suffix
 
     pipeline = load(args.run, ema=args.ema, ema_std=args.ema_std, device=args.device, dtype=args.dtype)
-    names = ("steps", "solver", "batch")
+    names = ("steps", "solver", "grid", "batch")
     given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     settings = {**given, **guidance_settings(args)}
     label = None if args.label is None else args.label[0] if len(args.label) == 1 else args.label
