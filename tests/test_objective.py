@@ -465,3 +465,28 @@ def test_a_learned_variance_finds_the_error_of_each_noise_level() -> None:
 def test_what_learns_nothing_is_itself() -> None:
     objective = Regression()
     assert objective.learn(Meaning().of(Affine()), Rng(0)) is objective
+
+
+def test_the_direction_is_the_angle_over_channels() -> None:
+    """1 - cos for each place, by hand; it adds a term and leaves the others as they are, to the last bit."""
+    path = Linear()
+    x0, noise, t = batch(5, path)
+    denoiser = Meaning(path, "-velocity", "1-t").of(Affine())
+    plain = losses(Regression(), denoiser, x0, noise, t)
+    both = losses(Regression(direction=0.5), denoiser, x0, noise, t)
+    assert set(both.terms) == {"mse", "direction"}
+    assert torch.equal(both.terms["mse"], plain.terms["mse"])
+    wanted = []
+    for i in range(5):
+        x = (1 - t[i]) * x0[i] + t[i] * noise[i]
+        out = denoiser(x[None], t[i : i + 1], NOTHING).out[0]
+        target = x0[i] - noise[i]
+        places = [
+            1 - float(out[:, r, c] @ target[:, r, c] / out[:, r, c].norm() / target[:, r, c].norm())
+            for r in range(4)
+            for c in range(4)
+        ]
+        wanted.append(0.5 * sum(places) / 16)
+    assert_close(both.terms["direction"].double(), torch.tensor(wanted, dtype=torch.float64), rtol=1e-5, atol=1e-6)
+    with pytest.raises(DitkitError, match="direction must not be negative"):
+        Regression(direction=-1)

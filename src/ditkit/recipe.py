@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import models  # the registry must know every model before a recipe is read
+from . import encoders, models  # noqa: F401  the registry must know all of them before a recipe is read
 from .averaging import decay_name, exponent, std_name
 from .codecs import Pixels
 from .conditioners import Label

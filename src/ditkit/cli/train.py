@@ -122,24 +122,23 @@ def _choose(recipe: Any, words: list[str]) -> Any:
         except TypeError:
             raise DitkitError(f"{kind} {name!r} needs more than its name (images: train folder:PATH)") from None
 
-    chosen = []
-    for i, word in enumerate(words):
-        option, _, value = word.partition("=")
-        path = option[2:].split(".") if option.startswith("--") else []
+    options = [(word.partition("=")[0][2:].split("."), i) for i, word in enumerate(words) if word.startswith("--")]
+    taken: list[tuple[int, int]] = []
+    for path, i in sorted(options, key=lambda o: len(o[0])):  # an inner choice is one within what an outer one chose
         node: Any = recipe
         for part in path[:-1]:
             node = getattr(node, part.replace("-", "_"), None)
-        field = path[-1].replace("-", "_") if path else ""
+        field = path[-1].replace("-", "_")
         # a field that holds a configuration, or may hold one and now holds None
         if (
             is_dataclass(node)
             and hasattr(node, field)
             and (is_dataclass(getattr(node, field)) or (getattr(node, field) is None and names(field)))
         ):
-            chosen.append((path, value or (words[i + 1] if i + 1 < len(words) else ""), i, 1 if value else 2))
-    for path, value, _, _ in sorted(chosen, key=lambda c: len(c[0])):  # an outer choice must not undo an inner one
-        recipe = put(recipe, path, value)
-    for _, _, i, count in reversed(chosen):
+            value = words[i].partition("=")[2]
+            recipe = put(recipe, path, value or (words[i + 1] if i + 1 < len(words) else ""))
+            taken.append((i, 1 if value else 2))
+    for i, count in sorted(taken, reverse=True):
         del words[i : i + count]
     return recipe
 

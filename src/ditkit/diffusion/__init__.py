@@ -40,6 +40,7 @@ from .objective import (
 )
 from .path import DDPM, GVP, VE, VP, Linear, Path, Time, log_snr
 from .posterior import Posterior, posterior
+from .representation import REPA
 from .solvers import (
     AB2,
     DDIM,
@@ -78,6 +79,7 @@ __all__ = [
     "DEIS3",
     "GVP",
     "P2",
+    "REPA",
     "RK4",
     "SPACES",
     "VE",

@@ -2,7 +2,7 @@
 
 from .classifier import Classifier, train_classifier
 from .distances import Estimate, frechet_distance, kernel_distance
-from .efficientnet import Features
+from .features import Features
 from .measure import MEANING, Measurement, evaluate, measure_kid, sampling_protocol
 from .memorization import FMem, f_mem, memorized, within_class_distance
 from .report import bounds, curve, write_report

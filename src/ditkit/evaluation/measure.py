@@ -27,7 +27,7 @@ from ..report import provenance
 from ..runs import find_checkpoint
 from .classifier import train_classifier
 from .distances import frechet_distance, kernel_distance
-from .efficientnet import Features
+from .features import Features
 from .memorization import f_mem, within_class_distance
 
 __all__ = ["MEANING", "Measurement", "blurred", "evaluate", "measure_kid", "sampling_protocol"]

