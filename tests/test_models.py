@@ -39,6 +39,7 @@ from ditkit.models import (
     DiTConfig,
     JiT,
     JiTConfig,
+    LightningDiTConfig,
     MLPConfig,
     Model,
     ModelConfig,
@@ -67,6 +68,13 @@ TINY: dict[str, Any] = {
     "jit without tokens": JiTConfig(
         input_size=(8, 16), patch_size=4, in_channels=1, hidden_size=16, depth=2, num_heads=2, num_classes=5,
         bottleneck_dim=4, in_context_len=0, in_context_start=0,
+    ),
+    "lightningdit": LightningDiTConfig(
+        input_size=4, in_channels=8, hidden_size=24, depth=3, num_heads=3, num_classes=5
+    ),
+    "lightningdit with qk-norm": LightningDiTConfig(
+        input_size=(4, 8), patch_size=2, in_channels=3, hidden_size=16, depth=2, num_heads=2, num_classes=5,
+        qk_norm=True,
     ),
 }  # fmt: skip
 
@@ -132,6 +140,12 @@ WAYS = {
     "dit_xl_2_adaln": ("600", 118.56),
     "dit_xl_2": ("675", 118.64),
 }
+# the sizes of the authors' code; the paper says 675M, and the name of the largest 1.0B; the rest is counted here
+LIGHTNING = {
+    "lightningdit_b_1": ("131", "23.01"), "lightningdit_xl_1": ("675", "118.63"),
+    "lightningdit_1p0b_1": ("1029", "179.15"), "lightningdit_b_2": ("131", "5.57"),
+    "lightningdit_l_2": ("458", "19.70"), "lightningdit_xl_2": ("675", "29.05"),
+}  # fmt: skip
 # in the paper only: "2B", 383 and 384 Gflops
 PAPER = {"jit_g_16": 383, "jit_g_32": 384}
 
@@ -153,7 +167,7 @@ def as_printed(value: float, printed: str) -> str:
 
 def test_every_name_is_in_a_table() -> None:
     sit = {name.replace("dit", "sit"): name for name in DIT}
-    assert set(list_models()) == {*DIT, *sit, *WAYS, *JIT, *PAPER, "ddit_s", "ddit_m"}
+    assert set(list_models()) == {*DIT, *sit, *WAYS, *JIT, *PAPER, *LIGHTNING, "ddit_s", "ddit_m"}
     assert all(model_config(name) == model_config(same) for name, same in sit.items())  # one network, two processes
 
 
@@ -213,6 +227,39 @@ def test_jit_has_exactly_the_published_parameters_and_the_published_cost(name: s
     total, trainable, macs = JIT[name]
     assert counts(name) == (total, trainable)
     assert as_printed(own_gmacs(name), macs) == macs
+
+
+@pytest.mark.parametrize("name", LIGHTNING)
+def test_lightningdit_has_the_size_of_the_dit_of_its_name(name: str) -> None:
+    parameters, macs = LIGHTNING[name]
+    assert as_printed(counts(name)[0] / 1e6, parameters) == parameters
+    assert as_printed(own_gmacs(name), macs) == macs
+
+
+def test_lightningdit_has_the_published_keys() -> None:
+    with torch.device("meta"):
+        keys = set(create_model("lightningdit_xl_1").state_dict())
+        normed = set(create_model("lightningdit_xl_1", qk_norm=True).state_dict())
+    assert len(keys) == 9 + 4 + 28 * 12  # embeddings, the last layer, blocks
+    assert {"pos_embed", "x_embedder.proj.bias", "blocks.27.mlp.w12.weight", "final_layer.norm_final.weight"} <= keys
+    assert "final_layer.norm_final.bias" not in keys
+    assert normed - keys == {f"blocks.{i}.attn.{n}_norm.weight" for i in range(28) for n in "qk"}
+
+
+def test_lightningdit_is_jit_without_bottleneck_and_class_tokens() -> None:
+    """All else is that of JiT, which is proven equal to its authors': the same numbers with the same weights."""
+    jit, config = build("jit without tokens")
+    same = LightningDiTConfig(
+        input_size=(8, 16), patch_size=4, in_channels=1, hidden_size=16, depth=2, num_heads=2, num_classes=5,
+        qk_norm=True,
+    ).build()  # fmt: skip
+    weights = jit.state_dict()
+    first, second = weights.pop("x_embedder.proj1.weight"), weights.pop("x_embedder.proj2.weight")[..., 0, 0]
+    weights["x_embedder.proj.weight"] = torch.einsum("de,ecpq->dcpq", second, first)
+    weights["x_embedder.proj.bias"] = weights.pop("x_embedder.proj2.bias")
+    same.load_state_dict(weights)
+    given = inputs(config, 3)
+    assert_close(same.eval()(*given), jit(*given), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -778,6 +825,8 @@ def test_errors_say_which_option_to_change(tiny: tuple[Model, Any]) -> None:
         model(torch.cat((x, x), dim=1), t, cond)
     with pytest.raises(ValueError, match="change in_channels"):
         model(x[0], t, cond)
+    if config.patch_size == 1:  # which tile everything
+        return
     for wrong in (x[..., :-1], x[..., :-1, :], x[..., : config.patch_size - 1]):
         with pytest.raises(ValueError, match="do not tile: change patch_size or the size of x"):
             model(wrong, t, cond)

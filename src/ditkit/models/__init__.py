@@ -3,6 +3,7 @@
 from .ddit import DDiT, DDiTConfig
 from .dit import DiT, DiTConfig
 from .jit import JiT, JiTConfig
+from .lightningdit import LightningDiT, LightningDiTConfig
 from .mlp import MLP, MLPConfig
 from .registry import Model, ModelConfig, Plan, create_model, list_models, model_config
 
@@ -14,6 +15,8 @@ __all__ = [
     "DiTConfig",
     "JiT",
     "JiTConfig",
+    "LightningDiT",
+    "LightningDiTConfig",
     "MLPConfig",
     "Model",
     "ModelConfig",
