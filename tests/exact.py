@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ditkit.conditioning import Conditioning
-from ditkit.diffusion import Denoise, Denoiser, Path, Prediction, Solver, Time, log_snr
+from ditkit.config import lookup
+from ditkit.diffusion import Denoise, Denoiser, Path, Prediction, Solver, Time, integrate, log_snr
 from ditkit.diffusion.path import as_time
 from ditkit.diffusion.space import row
 from ditkit.rng import Draw, Replay
@@ -90,6 +91,14 @@ def gaussian(path: Path, mean: float = 0.7, std: float = 0.5, prediction: str = 
 
 def start(n: int = 24, d: int = 2, scale: float = 1.0) -> Tensor:
     return scale * torch.randn(n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def grid(name: str, n: int, path: Path) -> tuple[float, ...]:
+    return lookup("grid", name)()(n, path, 0)
+
+
+def run(solver: Solver, exact: Exact, times: Sequence[float], x: Tensor) -> Tensor:
+    return integrate(exact.denoiser(), solver, times, x, NOTHING, NO_NOISE)
 
 
 def told(path: Path, space: str, opinion: Callable[[Tensor, float], Tensor]) -> Denoise:

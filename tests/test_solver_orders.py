@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from pathlib import Path as Folder
 from typing import Any
 
 import pytest
@@ -85,6 +86,16 @@ def test_every_registered_solver_is_measured() -> None:
     # jumps between tokens are measured in test_discrete.py, against exact transition matrices
     measured = {type(s) for s in (*DETERMINISTIC.values(), *STOCHASTIC.values(), Dopri5(), Jumps())}
     assert measured == {lookup("solver", name) for name in names("solver")}
+
+
+def test_the_page_tells_the_order_and_the_cost_of_every_solver() -> None:
+    page = (Folder(__file__).parents[1] / "docs" / "solvers.md").read_text()
+    rows = {row[1].strip().strip("`"): row for row in (line.split("|") for line in page.splitlines()) if len(row) == 8}
+    for name in names("solver"):
+        kind = lookup("solver", name)
+        if kind is not Jumps:
+            assert int(rows[name][3]) == kind.order, name
+            assert rows[name][5].strip() == (str(kind.nfe) if kind.nfe else "by tolerance"), name
 
 
 def error(solver: Any, path: Path, n: int) -> float:

@@ -67,8 +67,9 @@ class EDMStochasticHeun(Once):
     sigma: noise is added up to (1 + gamma) sigma, gamma = min(S_churn / steps, sqrt(2) - 1), from which Heun's step
     leads to the next sigma; the step to sigma = 0 is Euler's, and so is one from alpha = 0, exact for a constant x0.
 
-    Noise is added where S_tmin <= sigma <= S_tmax, S_noise times as much as the level says. There is none at the path's
-    end, beyond which no time is noisier; on a table the raised level is that of the nearest entry, as EDM rounds it.
+    Noise is added where S_tmin <= sigma <= S_tmax (None = no upper end), S_noise times as much as the level says. There
+    is none at the path's end, beyond which no time is noisier; on a table the raised level is that of the nearest
+    entry, as EDM rounds it.
     The order is that at S_churn = 0; below the limit of sqrt(2) - 1 it is found in the variance of the samples of a
     Gaussian, too. A grid that begins below t = 1 with churn costs one evaluation more.
     """
@@ -78,11 +79,11 @@ class EDMStochasticHeun(Once):
     needs: ClassVar[tuple[str, ...]] = ("x0", "eps")
     S_churn: float = 0.0
     S_tmin: float = 0.0
-    S_tmax: float = math.inf
+    S_tmax: float | None = None
     S_noise: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (self.S_churn >= 0 and self.S_noise >= 0 and 0 <= self.S_tmin <= self.S_tmax):
+        if not (self.S_churn >= 0 and self.S_noise >= 0 and 0 <= self.S_tmin <= self._highest):
             raise DitkitError(
                 "solver.S_churn and solver.S_noise must not be negative, and 0 <= S_tmin <= S_tmax; they are "
                 f"{self.S_churn}, {self.S_noise}, {self.S_tmin}, {self.S_tmax}"
@@ -118,9 +119,13 @@ class EDMStochasticHeun(Once):
         slope = 0.5 * (prediction.eps + denoise(euler, s).eps)
         return there.alpha * (x / raised.alpha + step * slope), state
 
+    @property
+    def _highest(self) -> float:
+        return math.inf if self.S_tmax is None else self.S_tmax
+
     def _raised(self, path: Path, here: Point, steps: int) -> Point:
         """The point at (1 + gamma) sigma."""
-        if self.S_churn == 0 or here.t == 1 or not self.S_tmin <= here.sigma / here.alpha <= self.S_tmax:
+        if self.S_churn == 0 or here.t == 1 or not self.S_tmin <= here.sigma / here.alpha <= self._highest:
             return here
         gamma = min(self.S_churn / steps, math.sqrt(2) - 1)
         return Point.of(path, float(path.time(2 * (here.half_log_snr - math.log1p(gamma)))))
