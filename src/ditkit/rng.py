@@ -73,7 +73,7 @@ class Rng:
     """`rng.at(step, sample_ids)(name, law, shape)` draws one row per sample id.
 
     `law` is "uniform" (float64 on the open interval (0, 1)), "normal" (float32) or a `Law`, which gets one of the two
-    as float64. Names used by ditkit: t, noise, prior, solver, probe0 .., drop, flip, order.
+    as float64. Names used by ditkit: t, noise, prior, solver, probe0, drop, flip, codec, order.
     """
 
     def __init__(self, seed: int, step: int = 0, sample_ids: Int[Tensor, "b"] | None = None):
