@@ -111,3 +111,19 @@ def test_a_broken_file_gives_one_line(folder: Path, tmp_path: Path, images: torc
     (broken / "diffusion_pytorch_model.safetensors").write_bytes(weights[:2000])
     with pytest.raises(DitkitError, match="cannot load the autoencoder"):
         Autoencoder(str(broken), factor=2).encode(images)
+
+
+def test_latents_may_be_normalised_by_channel(codec: Autoencoder, images: torch.Tensor) -> None:
+    """VA-VAE's: mean 0 and deviation 1 in each channel; there and back is the same as without."""
+    plain = replace(codec, scale=1.0, shift=0.0, sample=False)
+    z = plain.encode(images)
+    means, stds = z.mean((0, 2, 3)).tolist(), z.std((0, 2, 3)).tolist()
+    normal = replace(plain, means=tuple(means), stds=tuple(stds))
+    latents = normal.encode(images)
+    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(codec.channels), rtol=0, atol=1e-4)
+    torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(codec.channels), rtol=1e-4, atol=0)
+    difference = normal.decode(latents).int() - plain.decode(z).int()
+    assert int(difference.abs().max()) <= 1  # rounding to bytes
+    for change in ({"means": (0.0,)}, {"means": tuple(means)}, {"means": tuple(means), "stds": (0.0,) * len(means)}):
+        with pytest.raises(DitkitError, match=r"one number for each of the \d channels, stds above 0"):
+            replace(codec, **change)

@@ -43,7 +43,8 @@ def _parser(command: str | None) -> Parser:
     parser = Parser(
         prog="ditkit",
         description="The library of diffusion transformers.",
-        epilog="ditkit COMMAND --help says more. The recipes: digits, demo, captions, captions_uniform, folder:PATH.",
+        epilog="ditkit COMMAND --help says more. The recipes: digits, demo, captions, captions_uniform, folder:PATH, "
+        "and those of papers (docs/recipes.md): dit_xl_2:PATH.",
     )
     parser.add_argument("--version", action="version", version=f"ditkit {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)

@@ -31,7 +31,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog += (
         "`ditkit train digits --fields` lists them. A configuration is chosen by name: --sample.solver euler."
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="digits, demo, folder:PATH, or a run folder to go on with")
+    parser.add_argument(
+        "recipe",
+        metavar="RECIPE",
+        help="digits, demo, folder:PATH, a published one such as dit_xl_2:PATH, or a run folder to go on with",
+    )
     parser.add_argument(
         "--out", type=Path, help="the run folder; one that exists is gone on with (default: runs/RECIPE)"
     )
@@ -55,8 +59,8 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
         recipe, out = old.recipe(), old.folder
     else:
         recipe = find_recipe(args.recipe)
-        path = args.recipe.partition(":")[2]
-        out = out or Path("runs") / (Path(path).expanduser().resolve().name if path else args.recipe)
+        kind, _, path = args.recipe.partition(":")
+        out = out or Path("runs") / (Path(path).expanduser().resolve().name if kind == "folder" else kind)
     recipe = override(recipe, ["--help"] if args.fields else rest, f"ditkit train {args.recipe}")
     if train(recipe, out, init=args.init, quiet=args.quiet):
         print(f"trained: {out}\nsample it with: ditkit sample {out}")

@@ -22,6 +22,8 @@ __all__ = ["Autoencoder"]
 class Autoencoder:
     """Images to latents (z - shift) scale, [b channels h/factor w/factor], and back; with Stable Diffusion's defaults.
 
+    Where `means` and `stds` are given, z is normalised with those of each channel before that (VA-VAE's latents).
+
     The scale brings the latents near standard deviation 1 and is a part of what a network was trained on: it is said
     here, whatever the autoencoder's own file says. Encoding draws "codec" where the posterior is sampled.
     """
@@ -37,12 +39,20 @@ class Autoencoder:
     """Pixels of an image in one latent, along a side."""
     sample: bool = True
     """Encode to a draw from the posterior, as DiT does; False = to its mean."""
+    means: tuple[float, ...] = ()
+    stds: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.channels < 1 or self.factor < 1 or not self.scale > 0:
             raise DitkitError(
                 f"codec.channels and codec.factor must be at least 1 and codec.scale above 0, not {self.channels}, "
                 f"{self.factor} and {self.scale}"
+            )
+        given = {len(self.means), len(self.stds)}
+        if given not in ({0}, {self.channels}) or not all(std > 0 for std in self.stds):
+            raise DitkitError(
+                f"codec.means and codec.stds are one number for each of the {self.channels} channels, stds above 0, "
+                f"or none; they are {len(self.means)} and {len(self.stds)}"
             )
 
     @property
@@ -68,13 +78,22 @@ class Autoencoder:
         z = posterior.mean
         if self.sample and rng is not None:
             z = z + posterior.std * rng("codec", "normal", z.shape[1:]).to(z)
-        return (z - self.shift) * self.scale
+        mean, std = self._statistics(z)
+        return ((z - mean) / std - self.shift) * self.scale
 
     @torch.no_grad()
     def decode(self, x0: Float[Tensor, "b c h/f w/f"]) -> UInt8[Tensor, "b 3 h w"]:
         """Clips, and rounds to the nearest byte. Raises DitkitError if the autoencoder cannot be had."""
-        image = self.model(x0.device).decode(x0.float() / self.scale + self.shift).sample
+        mean, std = self._statistics(x0)
+        image = self.model(x0.device).decode((x0.float() / self.scale + self.shift) * std + mean).sample
         return (image * 127.5 + 127.5).clamp(0, 255).round().to(torch.uint8)
+
+    def _statistics(self, z: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """Mean and standard deviation by channel, in the form that goes with z."""
+        if not self.means:
+            return 0.0, 1.0
+        mean, std = (torch.tensor(v, device=z.device)[:, None, None] for v in (self.means, self.stds))
+        return mean, std
 
     def model(self, device: torch.device | str = "cpu") -> Any:
         """diffusers' AutoencoderKL in float32, loaded once for each path.

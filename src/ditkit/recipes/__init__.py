@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 from ..config import DitkitError, near
 from ..recipe import Recipe
+from . import dit, jit, lightningdit, repa, sit
 from .captions import captions, captions_uniform
 from .digits import demo, digits
 from .folder import folder
 
-__all__ = ["captions", "captions_uniform", "demo", "digits", "find_recipe", "folder"]
+__all__ = ["PUBLISHED", "captions", "captions_uniform", "demo", "digits", "find_recipe", "folder"]
 
 _NAMED: dict[str, Callable[[], Recipe]] = {
     "digits": digits,
@@ -19,12 +20,25 @@ _NAMED: dict[str, Callable[[], Recipe]] = {
     "captions_uniform": captions_uniform,
 }
 
+PUBLISHED: dict[str, Callable[[str], Recipe]] = {
+    name: getattr(module, name) for module in (dit, sit, jit, repa, lightningdit) for name in module.__all__
+}
+"""The recipes of papers, which are given the folder of ImageNet's training images."""
+
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of a name, or of folder:PATH. Raises DitkitError, with the near names, for an unknown one."""
-    kind, _, path = name.partition(":")
+    """The recipe of a name, of folder:PATH, or of a published one with its images, as in dit_xl_2:PATH.
+
+    Raises DitkitError, with the near names, for an unknown one.
+    """
+    kind, colon, path = name.partition(":")
     if kind == "folder" and path:
         return folder(path)
+    if kind in PUBLISHED:
+        if not path:
+            raise DitkitError(f"the recipe {kind} needs the folder of ImageNet's training images: write {kind}:PATH")
+        return PUBLISHED[kind](path)
     if name in _NAMED:
         return _NAMED[name]()
-    raise DitkitError(f"unknown recipe {name!r}: {near(name, [*_NAMED, 'folder:PATH'])}")
+    known = PUBLISHED if colon else [*_NAMED, *PUBLISHED]
+    raise DitkitError(f"unknown recipe {kind!r}: {near(kind, [*known, 'folder:PATH'])}")
