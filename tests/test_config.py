@@ -186,6 +186,12 @@ def test_a_value_of_the_wrong_type_is_refused_by_name(name: str, field: str, val
         from_json({**known, field: value}, "here.json")
 
 
+def test_near_names_are_those_about_as_near_as_the_nearest() -> None:
+    assert near("digts", ["digits", "demo", "dit_s_8", "dit_s_4"]) == "did you mean digits?"
+    assert near("dit_s2", ["digits", "dit_s_2", "dit_s_4"]) == "did you mean dit_s_2 or dit_s_4?"
+    assert near("zzz", ["digits", "demo"]) == "known: demo, digits"
+
+
 def test_a_configuration_of_another_kind_is_refused_by_name() -> None:
     known = to_json(example(REGISTERED["recipe/recipe"]))
     with pytest.raises(DitkitError, match=r"here.json: recipe/recipe: denoiser cannot be a path"):

@@ -66,6 +66,9 @@ def near(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
     if close:
+        # beside a name that is nearly right, those that only look a little alike are noise
+        likeness = [difflib.SequenceMatcher(None, other, name).ratio() for other in close]
+        close = [other for other, ratio in zip(close, likeness, strict=True) if ratio >= 0.75 * likeness[0]]
         return "did you mean " + " or ".join(close) + "?"
     return "known: " + ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
 
