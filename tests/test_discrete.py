@@ -24,6 +24,8 @@ from ditkit.diffusion import (
     Heun,
     Jumps,
     Linear,
+    LogitNormal,
+    LogNormal,
     Meaning,
     Mixture,
     Regression,
@@ -561,3 +563,17 @@ def test_what_does_not_go_together_is_said() -> None:
         TokenMeaning().fitted(0)
     with pytest.raises(DitkitError, match="--denoiser tokens"):
         Meaning().fitted(5)
+
+
+@pytest.mark.parametrize("objective", [CrossEntropy, GeneralisedKL])
+def test_a_law_of_the_noise_level_is_refused_for_tokens(objective: Any) -> None:
+    """Tokens have no noise level: the path says so, and it is the path that a time sampler asks."""
+
+    def model(x: Tensor, t: Tensor, cond: Conditioning, *, edit: Any = None) -> Tensor:
+        return torch.zeros(*x.shape, 6)
+
+    denoiser = TokenMeaning(Mixture(vocab=6)).of(model)
+    x0, rng = torch.zeros(2, 3, dtype=torch.long), Rng(0).at(0, torch.arange(2))
+    with pytest.raises(DitkitError, match="tokens have no signal-to-noise ratio: use the grid uniform and a time"):
+        objective(LogNormal()).loss(denoiser, x0, Conditioning(), rng)
+    assert bool(objective(LogitNormal()).loss(denoiser, x0, Conditioning(), rng).total.isfinite().all())

@@ -284,7 +284,7 @@ def _require_tokens(denoiser: Any) -> None:
 
 def _look(times: Any, denoiser: TokenDenoiser, x0: Tensor, cond: Conditioning, rng: Draw) -> TokenPrediction:
     """The network's opinion on a corrupted x0."""
-    t = rng("t", times).double().cpu()
+    t = rng("t", times.on(denoiser.path)).double().cpu()
     return denoiser(corrupt(denoiser.path, x0, t, rng), t, cond)
 
 
