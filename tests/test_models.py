@@ -539,7 +539,7 @@ def test_initial_weights_are_those_of_the_papers(name: str) -> None:
             assert not module.bias.any()
     parameters = dict(model.named_parameters())
     assert float(parameters["y_embedder.embedding_table.weight"].detach().std()) == pytest.approx(0.02, rel=0.15)
-    assert torch.equal(parameters["pos_embed"], sincos_2d(48, model.grid))  # type: ignore[arg-type]
+    assert torch.equal(parameters["pos_embed"], sincos_2d(48, model.config.grid))
     norms = [(key, p) for key, p in parameters.items() if "norm" in key]
     assert all(bool((p == key.endswith("weight")).all()) for key, p in norms)
     # a new network says nothing yet

@@ -79,15 +79,14 @@ def _said(found: Found, codec: Any) -> list[str]:
     family = "sit" if found.format is SIT else ""
     size = size_name(config, family) or "no published size"
     count = sum(value.numel() for value in found.weights.values())
-    side = config.input_size
-    rows, columns = (side, side) if isinstance(side, int) else side
+    channels, rows, columns = config.shape
     classes = f"{config.num_classes} classes" if config.num_classes else "no classes"
     kind = "pixels" if isinstance(codec, Pixels) else f"latents of {codec.path}"
     average = f"an average of decay {found.decay}" if found.decay else "taken as the weights themselves"
     lines = [
         f"{found.format.title}: {size}, {count / 1e6:.1f}M parameters in {len(found.weights)} tensors, depth "
         f"{config.depth}, width {config.hidden_size}, {config.num_heads} heads, patches of {config.patch_size}",
-        f"input {config.in_channels} x {rows} x {columns} ({kind}), {classes}",
+        f"input {channels} x {rows} x {columns} ({kind}), {classes}",
         f"weights {found.group!r}: {average}",
         f"means {meaning.prediction} on {meaning.path}, clock {meaning.clock}, t_eps {meaning.t_eps:g}",
     ]

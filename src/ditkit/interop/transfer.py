@@ -110,7 +110,7 @@ def _fit(name: str, given: Tensor, own: Tensor, config: Any, model: Model) -> tu
     before, after = config.patch_size, target.patch_size
     match name:
         case "pos_embed":
-            return _positions(given, own, _grid(config), _grid(target))
+            return _positions(given, own, config.grid, target.grid)
         case "in_context_posemb" if given.shape != own.shape:
             made = F.interpolate(given.transpose(1, 2), size=own.shape[1], mode="linear", align_corners=False)
             return made.transpose(1, 2), "interpolated"
@@ -133,12 +133,6 @@ def _fit(name: str, given: Tensor, own: Tensor, config: Any, model: Model) -> tu
     if given.shape != own.shape:
         raise DitkitError(f"{name} is {list(given.shape)}, and the recipe's model needs {list(own.shape)}")
     return given, ""
-
-
-def _grid(config: Any) -> tuple[int, int]:
-    size = config.input_size
-    rows, columns = (size, size) if isinstance(size, int) else size
-    return rows // config.patch_size, columns // config.patch_size
 
 
 def _positions(

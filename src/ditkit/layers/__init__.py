@@ -2,13 +2,13 @@
 
 from .attention import Attention, CrossAttention, attend
 from .blocks import AdaLNBlock, AdaLNZeroBlock, CrossBlock, Edit, FinalLayer, PlainBlock, visit
-from .embeddings import LabelEmbedder, TimestepEmbedder, sincos_2d, sinusoid
+from .embeddings import LabelEmbedder, TimestepEmbedder, positions_2d, sincos_2d, sinusoid
 from .init import init_adaln_zero
 from .mlp import Mlp, SwiGLU
 from .modulation import adaln, modulate
 from .norms import RMSNorm, layer_norm
 from .patches import BottleneckPatchEmbed, PatchEmbed, patch_grid, unpatchify
-from .rope import axial_angles, rope_table, rotate
+from .rope import axial_angles, check_heads_2d, grid_angles, rope_table, rotate
 
 __all__ = [
     "AdaLNBlock",
@@ -29,10 +29,13 @@ __all__ = [
     "adaln",
     "attend",
     "axial_angles",
+    "check_heads_2d",
+    "grid_angles",
     "init_adaln_zero",
     "layer_norm",
     "modulate",
     "patch_grid",
+    "positions_2d",
     "rope_table",
     "rotate",
     "sincos_2d",

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-__all__ = ["LabelEmbedder", "TimestepEmbedder", "sincos_2d", "sinusoid"]
+__all__ = ["LabelEmbedder", "TimestepEmbedder", "positions_2d", "sincos_2d", "sinusoid"]
 
 
 def sinusoid(t: Float[Tensor, "b"], dim: int, shift: int = 0) -> Float[Tensor, "b dim"]:
@@ -70,3 +70,10 @@ def sincos_2d(dim: int, grid: tuple[int, int], device: torch.device | None = Non
         angles = position.reshape(-1, 1) * frequencies
         halves += [angles.sin(), angles.cos()]
     return torch.cat(halves, dim=-1).float()[None]
+
+
+def positions_2d(stored: Float[Tensor, "1 n d"], of: tuple[int, int], grid: tuple[int, int]) -> Float[Tensor, "1 m d"]:
+    """The positions that a model stores, which are those `of` one grid; or the fixed ones of another grid."""
+    if grid == of:
+        return stored
+    return sincos_2d(stored.shape[-1], grid, stored.device).to(stored.dtype)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["axial_angles", "rope_table", "rotate"]
+__all__ = ["axial_angles", "check_heads_2d", "grid_angles", "rope_table", "rotate"]
 
 
 def axial_angles(
@@ -20,6 +20,21 @@ def axial_angles(
         frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=position.device) / dim)
         angles.append(position.double()[:, None] * frequencies)
     return torch.cat(angles, dim=-1)
+
+
+def check_heads_2d(dim: int, heads: int) -> None:
+    """Raises ValueError for heads that cannot be turned by rows and columns; what does not divide is another error."""
+    if dim % heads == 0 and dim // heads % 4:
+        raise ValueError(
+            f"hidden_size {dim} in num_heads {heads} gives heads of {dim // heads} channels, "
+            "which the rotation by rows and columns needs divisible by 4"
+        )
+
+
+def grid_angles(grid: tuple[int, int], head_dim: int, device: torch.device | None = None) -> Float[Tensor, "n half"]:
+    """Angles of a grid of patches, row by row: the first half turns with the row, the second with the column."""
+    row, column = torch.meshgrid(*(torch.arange(n, device=device) for n in grid), indexing="ij")
+    return axial_angles((row.flatten(), column.flatten()), (head_dim // 2, head_dim // 2))
 
 
 def rope_table(angles: Float[Tensor, "n half"]) -> Float[Tensor, "2 n d"]:

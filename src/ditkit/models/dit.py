@@ -41,6 +41,7 @@ from ..layers import (
     init_adaln_zero,
     layer_norm,
     patch_grid,
+    positions_2d,
     sincos_2d,
     unpatchify,
     visit,
@@ -129,13 +130,10 @@ class DiT(Model):
         self.config = config
         dim, patch = config.hidden_size, config.patch_size
         out = config.in_channels * (2 if config.learn_sigma else 1)
-        size = config.input_size
-        rows, columns = (size, size) if isinstance(size, int) else size
-        self.grid = (rows // patch, columns // patch)
         self.x_embedder = PatchEmbed(config.in_channels, patch, dim)
         self.t_embedder = TimestepEmbedder(dim, shift=config.frequency_shift)
         self.y_embedder = LabelEmbedder(config.num_classes, dim)
-        self.pos_embed = nn.Parameter(sincos_2d(dim, self.grid), requires_grad=False)
+        self.pos_embed = nn.Parameter(sincos_2d(dim, config.grid), requires_grad=False)
         self.blocks = nn.ModuleList(block(config) for _ in range(config.depth))
         norm = layer_norm(dim, affine=not config.adaptive)
         self.final_layer = FinalLayer(dim, patch * patch * out, norm, config.adaptive)
@@ -143,20 +141,14 @@ class DiT(Model):
     def init_weights(self, rng: Rng) -> None:
         """adaLN-Zero's start, and the fixed positions."""
         init_adaln_zero(self, rng.generator)
-        self.pos_embed.data = sincos_2d(self.config.hidden_size, self.grid)
-
-    def positions(self, grid: tuple[int, int]) -> Float[Tensor, "1 n d"]:
-        """The stored positions, or those of another grid."""
-        if grid == self.grid:
-            return self.pos_embed
-        return sincos_2d(self.config.hidden_size, grid, self.pos_embed.device).to(self.pos_embed.dtype)
+        self.pos_embed.data = sincos_2d(self.config.hidden_size, self.config.grid)
 
     def prepare(self, cond: Conditioning, shape: Sequence[int], times: Sequence[float] = ()) -> Conditioning:
         """Label vectors and positions."""
         patch = self.config.patch_size
         return cond.with_static(
             label=self.y_embedder(cond.label, shape[0]),
-            positions=self.positions((shape[-2] // patch, shape[-1] // patch)),
+            positions=positions_2d(self.pos_embed, self.config.grid, (shape[-2] // patch, shape[-1] // patch)),
         )
 
     def forward(

@@ -27,9 +27,11 @@ from ..layers import (
     RMSNorm,
     SwiGLU,
     TimestepEmbedder,
-    axial_angles,
+    check_heads_2d,
+    grid_angles,
     init_adaln_zero,
     patch_grid,
+    positions_2d,
     rope_table,
     sincos_2d,
     unpatchify,
@@ -98,23 +100,16 @@ class JiT(Model):
         super().__init__()
         self.config = config
         dim, patch = config.hidden_size, config.patch_size
-        if dim % config.num_heads == 0 and dim // config.num_heads % 4:
-            raise ValueError(
-                f"hidden_size {dim} in num_heads {config.num_heads} gives heads of {dim // config.num_heads} channels, "
-                "which the rotation by rows and columns needs divisible by 4"
-            )
+        check_heads_2d(dim, config.num_heads)
         if config.in_context_len and not 0 <= config.in_context_start < config.depth:
             raise ValueError(
                 f"in_context_start {config.in_context_start} is no block of a depth {config.depth} network, "
                 "so the class tokens would never join: change it, or set in_context_len to 0"
             )
-        size = config.input_size
-        rows, columns = (size, size) if isinstance(size, int) else size
-        self.grid = (rows // patch, columns // patch)
         self.x_embedder = BottleneckPatchEmbed(config.in_channels, patch, config.bottleneck_dim, dim)
         self.t_embedder = TimestepEmbedder(dim)
         self.y_embedder = LabelEmbedder(config.num_classes, dim)
-        self.pos_embed = nn.Parameter(sincos_2d(dim, self.grid), requires_grad=False)
+        self.pos_embed = nn.Parameter(sincos_2d(dim, config.grid), requires_grad=False)
         if config.in_context_len:
             self.in_context_posemb = nn.Parameter(torch.empty(1, config.in_context_len, dim))
         self.blocks = nn.ModuleList(block(config, i) for i in range(config.depth))
@@ -123,22 +118,13 @@ class JiT(Model):
     def init_weights(self, rng: Rng) -> None:
         """adaLN-Zero's start, the fixed positions, and N(0, .02) for the positions of the in-context tokens."""
         init_adaln_zero(self, rng.generator)
-        self.pos_embed.data = sincos_2d(self.config.hidden_size, self.grid)
+        self.pos_embed.data = sincos_2d(self.config.hidden_size, self.config.grid)
         if self.config.in_context_len:
             nn.init.normal_(self.in_context_posemb, std=0.02, generator=rng.generator("in_context_posemb"))
 
-    def positions(self, grid: tuple[int, int]) -> Float[Tensor, "1 n d"]:
-        """The stored positions, or those of another grid."""
-        if grid == self.grid:
-            return self.pos_embed
-        return sincos_2d(self.config.hidden_size, grid, self.pos_embed.device).to(self.pos_embed.dtype)
-
     def rope(self, grid: tuple[int, int]) -> Float[Tensor, "1 2 m hd"]:
         """Rotations: first the in-context tokens, which stay unrotated, then the patches, row angles before column."""
-        device = self.pos_embed.device
-        row, column = torch.meshgrid(*(torch.arange(n, device=device) for n in grid), indexing="ij")
-        axis = self.config.hidden_size // self.config.num_heads // 2
-        angles = axial_angles((row.flatten(), column.flatten()), (axis, axis))
+        angles = grid_angles(grid, self.config.hidden_size // self.config.num_heads, self.pos_embed.device)
         return rope_table(torch.cat((angles.new_zeros(self.config.in_context_len, angles.shape[1]), angles)))[None]
 
     def prepare(self, cond: Conditioning, shape: Sequence[int], times: Sequence[float] = ()) -> Conditioning:
@@ -146,7 +132,9 @@ class JiT(Model):
         patch = self.config.patch_size
         grid = (shape[-2] // patch, shape[-1] // patch)
         return cond.with_static(
-            label=self.y_embedder(cond.label, shape[0]), positions=self.positions(grid), rope=self.rope(grid)
+            label=self.y_embedder(cond.label, shape[0]),
+            positions=positions_2d(self.pos_embed, self.config.grid, grid),
+            rope=self.rope(grid),
         )
 
     def forward(

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -28,9 +27,11 @@ from ..layers import (
     RMSNorm,
     SwiGLU,
     TimestepEmbedder,
-    axial_angles,
+    check_heads_2d,
+    grid_angles,
     init_adaln_zero,
     patch_grid,
+    positions_2d,
     rope_table,
     sincos_2d,
     unpatchify,
@@ -90,43 +91,32 @@ class LightningDiT(Model):
         super().__init__()
         self.config = config
         dim, patch = config.hidden_size, config.patch_size
-        if dim % config.num_heads == 0 and dim // config.num_heads % 4:
-            raise ValueError(
-                f"hidden_size {dim} in num_heads {config.num_heads} gives heads of {dim // config.num_heads} channels, "
-                "which the rotation by rows and columns needs divisible by 4"
-            )
-        _, height, width = config.shape
-        self.grid = (height // patch, width // patch)
+        check_heads_2d(dim, config.num_heads)
         self.x_embedder = PatchEmbed(config.in_channels, patch, dim)
         self.t_embedder = TimestepEmbedder(dim)
         self.y_embedder = LabelEmbedder(config.num_classes, dim)
-        self.pos_embed = nn.Parameter(sincos_2d(dim, self.grid), requires_grad=False)
+        self.pos_embed = nn.Parameter(sincos_2d(dim, config.grid), requires_grad=False)
         self.blocks = nn.ModuleList(block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(dim, patch * patch * config.in_channels, RMSNorm(dim))
 
     def init_weights(self, rng: Rng) -> None:
         """adaLN-Zero's start, and the fixed positions."""
         init_adaln_zero(self, rng.generator)
-        self.pos_embed.data = sincos_2d(self.config.hidden_size, self.grid)
-
-    def positions(self, grid: tuple[int, int]) -> Float[Tensor, "1 n d"]:
-        """The stored positions, or those of another grid."""
-        if grid == self.grid:
-            return self.pos_embed
-        return sincos_2d(self.config.hidden_size, grid, self.pos_embed.device).to(self.pos_embed.dtype)
+        self.pos_embed.data = sincos_2d(self.config.hidden_size, self.config.grid)
 
     def rope(self, grid: tuple[int, int]) -> Float[Tensor, "1 2 n hd"]:
         """Rotations of the patches, row angles before column."""
-        row, column = torch.meshgrid(*(torch.arange(n, device=self.pos_embed.device) for n in grid), indexing="ij")
-        axis = self.config.hidden_size // self.config.num_heads // 2
-        return rope_table(axial_angles((row.flatten(), column.flatten()), (axis, axis)))[None]
+        head_dim = self.config.hidden_size // self.config.num_heads
+        return rope_table(grid_angles(grid, head_dim, self.pos_embed.device))[None]
 
     def prepare(self, cond: Conditioning, shape: Sequence[int], times: Sequence[float] = ()) -> Conditioning:
         """Label vectors, positions and rotations."""
         patch = self.config.patch_size
         grid = (shape[-2] // patch, shape[-1] // patch)
         return cond.with_static(
-            label=self.y_embedder(cond.label, shape[0]), positions=self.positions(grid), rope=self.rope(grid)
+            label=self.y_embedder(cond.label, shape[0]),
+            positions=positions_2d(self.pos_embed, self.config.grid, grid),
+            rope=self.rope(grid),
         )
 
     def forward(

@@ -105,10 +105,16 @@ class ImageConfig:
         return self.in_channels, *((size, size) if isinstance(size, int) else size)
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        _, height, width = self.shape
+        return height // self.patch_size, width // self.patch_size
+
+    @property
     def length(self) -> int:
         """The number of patches."""
-        _, height, width = self.shape
-        return (height // self.patch_size) * (width // self.patch_size)
+        rows, columns = self.grid
+        return rows * columns
 
     def fitted(self, shape: tuple[int, ...], classes: int, vocab: int) -> Self:
         """With this size and so many channels and classes. Raises DitkitError if patches do not tile the image."""
