@@ -23,7 +23,7 @@ from ditkit.exchange import import_file
 from ditkit.interop import transfer
 from ditkit.interop.transfer import patch_matrix
 from ditkit.layers import sincos_2d
-from ditkit.models import DiTConfig, JiTConfig, Model
+from ditkit.models import DDiTConfig, DiTConfig, JiTConfig, MLPConfig, Model
 from ditkit.pipeline import load
 from ditkit.recipe import Recipe, Sample, Train
 from ditkit.runs import Run, find_checkpoint
@@ -33,6 +33,8 @@ from .conftest import TINY, TINY_FLAGS, Command, randomised, tiny_autoencoder
 
 DIT = DiTConfig(input_size=8, patch_size=2, hidden_size=16, depth=2, num_heads=2, num_classes=5)
 JIT = replace(TINY, num_classes=5, input_size=28)
+TOKENS = DDiTConfig(length=6, vocab=5, hidden_size=16, depth=2, num_heads=2, cond_dim=8, num_classes=3)
+VECTORS = MLPConfig(dimension=4, hidden_size=8, depth=2)
 
 
 def moved(config: Any, **changes: Any) -> tuple[Model, Model, Any]:
@@ -45,7 +47,7 @@ def kinds(report: Any) -> dict[str, str]:
     return {c.name: kind for kind, changes in (("resized", report.resized), ("new", report.new)) for c in changes}
 
 
-@pytest.mark.parametrize("config", [DIT, JIT], ids=["dit", "jit"])
+@pytest.mark.parametrize("config", [DIT, JIT, TOKENS, VECTORS], ids=["dit", "jit", "ddit", "mlp"])
 def test_the_same_model_takes_everything_as_it_is(config: Any) -> None:
     old, new, report = moved(config)
     assert set(report.loaded) == set(old.state_dict())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..config import DitkitError, registered_as
 from ..layers import sincos_2d
-from ..models import Model
+from ..models import ImageConfig, Model
 
 __all__ = ["Change", "Transfer", "patch_matrix", "transfer"]
 
@@ -106,6 +106,21 @@ def _check(config: Any, target: Any) -> None:
 def _fit(name: str, given: Tensor, own: Tensor, config: Any, model: Model) -> tuple[Tensor | None, str]:
     """The tensor for `own`, and what was done: nothing said = taken as it is; no tensor = begun anew."""
     target = model.config
+    if name == "y_embedder.embedding_table.weight" and given.shape != own.shape:
+        made = own.clone()
+        made[-1] = given[-1]
+        return made, f"{target.num_classes} classes begin anew, the null label is kept"
+    if isinstance(config, ImageConfig):
+        found = _fit_patches(name, given, own, config, target)
+        if found is not None:
+            return found
+    if given.shape != own.shape:
+        raise DitkitError(f"{name} is {list(given.shape)}, and the recipe's model needs {list(own.shape)}")
+    return given, ""
+
+
+def _fit_patches(name: str, given: Tensor, own: Tensor, config: Any, target: Any) -> tuple[Tensor | None, str] | None:
+    """As `_fit`, for tensors of a model of images that depend on its size, channels or patches; None for others."""
     channels = config.in_channels == target.in_channels
     before, after = config.patch_size, target.patch_size
     match name:
@@ -114,10 +129,6 @@ def _fit(name: str, given: Tensor, own: Tensor, config: Any, model: Model) -> tu
         case "in_context_posemb" if given.shape != own.shape:
             made = F.interpolate(given.transpose(1, 2), size=own.shape[1], mode="linear", align_corners=False)
             return made.transpose(1, 2), "interpolated"
-        case "y_embedder.embedding_table.weight" if given.shape != own.shape:
-            made = own.clone()
-            made[-1] = given[-1]
-            return made, f"{target.num_classes} classes begin anew, the null label is kept"
         case "x_embedder.proj.weight" | "x_embedder.proj.bias" | "x_embedder.proj1.weight":
             if not channels:
                 return None, f"{target.in_channels} channels instead of {config.in_channels}"
@@ -130,9 +141,7 @@ def _fit(name: str, given: Tensor, own: Tensor, config: Any, model: Model) -> tu
                 return None, f"{target.in_channels} channels instead of {config.in_channels}"
             if given.shape != own.shape:
                 return _features(given, own, config, target)
-    if given.shape != own.shape:
-        raise DitkitError(f"{name} is {list(given.shape)}, and the recipe's model needs {list(own.shape)}")
-    return given, ""
+    return None
 
 
 def _positions(
