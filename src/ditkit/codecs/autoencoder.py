@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -12,6 +11,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from ..config import DitkitError, register
+from ..hub import locate, unloadable
 from ..rng import Draw
 
 __all__ = ["Autoencoder"]
@@ -112,11 +112,7 @@ class Autoencoder:
 
 @functools.lru_cache(maxsize=2)
 def _load(path: str, download: bool) -> Any:
-    local = Path(path).expanduser()
-    if (local / "config.json").is_file():
-        path = str(local)
-    elif local.exists() or path.startswith((".", "/", "~")):
-        raise DitkitError(f"the autoencoder {path} is no folder of diffusers: it holds no config.json")
+    path = locate(path, "autoencoder", "diffusers")
     try:
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     except ImportError:
@@ -126,7 +122,5 @@ def _load(path: str, download: bool) -> Any:
             path, local_files_only=not download, low_cpu_mem_usage=False, torch_dtype=torch.float32
         )
     except (OSError, ValueError, RuntimeError) as error:
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        advice = "" if local.exists() or download else f"; fetch it once with `hf download {path}`"
-        raise DitkitError(f"cannot load the autoencoder {path}: {said[0]}{advice}") from None
+        raise unloadable(path, "autoencoder", download, error) from None
     return model.eval().requires_grad_(False)  # type: ignore[union-attr]

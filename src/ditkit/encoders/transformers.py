@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..config import DitkitError, register
+from ..hub import locate, unloadable
 from .encoder import as_images
 
 __all__ = ["Transformers"]
@@ -68,11 +68,7 @@ class Transformers:
 
 @functools.lru_cache(maxsize=2)
 def _load(path: str, download: bool) -> Any:
-    local = Path(path).expanduser()
-    if (local / "config.json").is_file():
-        path = str(local)
-    elif local.exists() or path.startswith((".", "/", "~")):
-        raise DitkitError(f"the encoder {path} is no folder of transformers: it holds no config.json")
+    path = locate(path, "encoder", "transformers")
     try:
         from transformers import AutoModel
     except ImportError:
@@ -87,9 +83,7 @@ def _load(path: str, download: bool) -> Any:
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        advice = "" if local.exists() or download else f"; fetch it once with `hf download {path}`"
-        raise DitkitError(f"cannot load the encoder {path}: {said[0]}{advice}") from None
+        raise unloadable(path, "encoder", download, error) from None
     if read["missing_keys"] or read["mismatched_keys"]:  # these would be random
         first = sorted(map(str, (*read["missing_keys"], *read["mismatched_keys"])))[0]
         raise DitkitError(f"the encoder {path} is incomplete: {first} is missing, or has another shape")
