@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 from dataclasses import replace
@@ -68,7 +69,7 @@ def test_another_file_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SHA256", "0" * 64)
     with pytest.raises(DitkitError, match=r"not the file of emoji 2\.16\.0"):
         Captions().open()
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DitkitError, match=r"pip install 'ditkit\[data\]'"):
         Captions().open()
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from ..config import DitkitError, register
 from ..rng import Rng
 from .dataset import Dataset, InMemory
+from .package import read_packaged
 from .text import points
 
 __all__ = ["Captions"]
@@ -20,24 +19,6 @@ __all__ = ["Captions"]
 SHA256 = "68d0dc4ac61ccb49c1335809ffb963bcca0fdb4a7e04278ff597125a2b043122"  # emoji.json of emoji 2.16.0
 HELD_OUT = 0.1
 SKIN_TONES = range(0x1F3FB, 0x1F400)
-
-
-def _read() -> bytes:
-    # find_spec does not import emoji
-    spec = importlib.util.find_spec("emoji")
-    file = Path(spec.origin).parent / "unicode_codes/emoji.json" if spec and spec.origin else None
-    if file is None or not file.is_file():
-        raise DitkitError(
-            "data captions: the package emoji, which holds the texts, is missing: pip install 'ditkit[data]'"
-        )
-    content = file.read_bytes()
-    found = hashlib.sha256(content).hexdigest()
-    if found != SHA256:
-        raise DitkitError(
-            f"data captions: {file} is not the file of emoji 2.16.0 (sha256 {found[:12]}..., not {SHA256[:12]}...):"
-            " pip install --force-reinstall --no-deps emoji==2.16.0"
-        )
-    return content
 
 
 def _texts(content: bytes) -> list[str]:
@@ -63,7 +44,8 @@ class Captions:
 
     def open(self) -> Dataset:
         """Reads the file. Raises DitkitError if emoji is missing or its file is another one."""
-        texts = [text for text in _texts(_read()) if len(text) <= self.length]
+        content = read_packaged("captions", "emoji", "2.16.0", "unicode_codes/emoji.json", SHA256, "texts")
+        texts = [text for text in _texts(content) if len(text) <= self.length]
         table = points(texts, self.length)
         # by draws of all names, so that the length moves none from one part to the other
         draws = Rng(0).at(0, torch.tensor([_number(text) for text in texts]))("heldout", "uniform", ())

