@@ -11,6 +11,7 @@ that is wanted (section 3.2 and appendix C): nothing has to be decided before tr
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -35,6 +36,7 @@ def std_name(std: float) -> str:
     return f"ema-std-{std}"
 
 
+@functools.cache  # asked for at every step of a training
 def exponent(std: float) -> float:
     """gamma >= 0 for a relative standard deviation: std^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
 

@@ -121,6 +121,12 @@ class Startable(Protocol):
     def check(self, visited: Iterable[float], needs: Iterable[str], visitor: str = "this grid") -> None: ...
 
 
+def prepared(model: Any, cond: Conditioning, shape: Sequence[int], times: Sequence[float]) -> Conditioning:
+    """What is given, with what the model computes once for a trajectory; as it is for a model without `prepare`."""
+    prepare = getattr(model, "prepare", None)
+    return cond if prepare is None else prepare(cond, shape, times)
+
+
 @register("denoiser", "denoiser")
 @dataclass(frozen=True)
 class Meaning:
@@ -194,8 +200,7 @@ class Denoiser:
 
     def start(self, cond: Conditioning, shape: Sequence[int], times: Sequence[float]) -> Denoise:
         """One trajectory: what depends neither on x nor on the step is computed here, once."""
-        prepare = getattr(self.model, "prepare", None)
-        ready = cond if prepare is None else prepare(cond, shape, times)
+        ready = prepared(self.model, cond, shape, times)
         return lambda x, t: self(x, t, ready)
 
     def check(self, visited: Iterable[float], needs: Iterable[str], visitor: str = "this grid") -> None:

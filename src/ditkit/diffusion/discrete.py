@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..conditioning import Conditioning
 from ..config import DitkitError, lookup, register
 from ..rng import Draw, Rng
+from .denoiser import prepared
 from .objective import Loss, Uniform
 from .path import Time, as_time
 from .solvers.solver import Once
@@ -215,8 +216,7 @@ class TokenDenoiser:
 
     def start(self, cond: Conditioning, shape: Sequence[int], times: Sequence[float]) -> Callable[[Tensor, Time], Any]:
         """One trajectory: what depends neither on x nor on the step is computed here, once."""
-        prepare = getattr(self.model, "prepare", None)
-        ready = cond if prepare is None else prepare(cond, shape, times)
+        ready = prepared(self.model, cond, shape, times)
         return lambda x, t: self(x, t, ready)
 
     def check(self, visited: Iterable[float], needs: Iterable[str], visitor: str = "this grid") -> None:

@@ -6,7 +6,6 @@ encoder of clean images point. The MLP is needed in training only.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -72,7 +71,7 @@ class _Tapped(Denoiser):
     """A denoiser that remembers what came out of one block of its network."""
 
     def __init__(self, denoiser: Denoiser, site: str):
-        self.__dict__.update(copy.copy(denoiser).__dict__)
+        self.__dict__.update(denoiser.__dict__)
         self.site = site
         self.seen: Tensor | None = None
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...conditioning import Conditioning, cat
 from ...config import DitkitError
-from ..denoiser import Denoise, Denoiser, Prediction
+from ..denoiser import Denoise, Denoiser, Prediction, prepared
 from ..path import Path, Time, as_time
 from ..space import reading
 
@@ -202,9 +202,7 @@ class _Network:
         """opinions by their number in the trajectory; shape: of the batch of one opinion."""
         self.denoiser, self.opinions, self.b = denoiser, opinions, shape[0]
         given = cat([opinion.cond for opinion in opinions.values()])
-        prepare = getattr(denoiser.model, "prepare", None)
-        rows = (self.b * len(opinions), *shape[1:])
-        self.ready = given if prepare is None else prepare(given, rows, times)
+        self.ready = prepared(denoiser.model, given, (self.b * len(opinions), *shape[1:]), times)
         # the prepared rows and the edit of every set of opinions that is asked, made once
         self.subsets: dict[tuple[int, ...], tuple[Conditioning, _Perturbation | None]] = {}
 
