@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .averaging import decay_name
 from .codecs import Autoencoder, Pixels
 from .conditioners import Label
 from .conditioning import Conditioning
@@ -23,11 +24,10 @@ from .diffusion import Linear, Meaning
 from .interop import DIFFUSERS, DIT, FORMATS, JIT, SIT, Found, diffusers_settings, meta, read, read_json, size_name
 from .models import Model
 from .recipe import Recipe, Sample, Train
-from .runs import Checkpoint, Run, find_checkpoint
+from .runs import Checkpoint, Run, atomic_write, find_checkpoint
 
 __all__ = ["Start", "begin_from", "export_run", "import_file"]
 
-_TEMPORARY = ".writing-"
 _TABLE = "y_embedder.embedding_table.weight"
 
 
@@ -55,7 +55,7 @@ def import_file(
         raise DitkitError(f"{run.folder} is not empty: choose another --out")
     found = read(path, FORMATS, name=name, weights=weights, options=options)
     codec = _codec(found, autoencoder)
-    group = f"ema-{found.decay}" if found.decay else "model"
+    group = decay_name(found.decay) if found.decay else "model"
     recipe = Recipe(
         data=Elsewhere(str(path)),
         codec=codec,
@@ -184,7 +184,7 @@ def _official(checkpoint: Checkpoint, recipe: Recipe, name: str, out: Path) -> l
     weights = chosen.write(model, checkpoint.tensors(name))
     if out.suffix == ".safetensors":
         held = "a bare state dict"
-        _write(out, lambda path: save_file(weights, path))
+        atomic_write(out, lambda path: save_file(weights, path))
     elif chosen is JIT:
         # what JiT's loader wants: three state dicts; args say what it computes with
         groups = [
@@ -205,10 +205,10 @@ def _official(checkpoint: Checkpoint, recipe: Recipe, name: str, out: Path) -> l
         )
         held = f"model = {groups[0]}, model_ema1 = {name}, model_ema2 = {second}"
         saved = {"model": model_, "model_ema1": ema1, "model_ema2": ema2, "args": args}
-        _write(out, lambda path: torch.save(saved, path))
+        atomic_write(out, lambda path: torch.save(saved, path))
     else:
         held = "a bare state dict"
-        _write(out, lambda path: torch.save(weights, path))
+        atomic_write(out, lambda path: torch.save(weights, path))
     return [f"{chosen.title}, {name} of {checkpoint.folder}: {len(weights)} tensors ({held})", f"written: {out}"]
 
 
@@ -253,7 +253,7 @@ def _diffusers(recipe: Recipe, weights: dict[str, Tensor], out: Path, approximat
         contiguous = {name: value.contiguous() for name, value in tensors.items()}
         save_file(contiguous, folder / "transformer" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
 
-    _write(out, fill)
+    atomic_write(out, fill)
     return [
         *lines,
         f"DiTPipeline with {len(tensors)} tensors, the codec's autoencoder and a DDIMScheduler",
@@ -293,22 +293,6 @@ def _distance(config: Any, meaning: Meaning, weights: Mapping[str, Tensor]) -> s
         f"on noise at the steps {times.int().tolist()} the output moves by up to {(ours - theirs).abs().max():.2g}, "
         f"with a standard deviation of {ours.std():.2g}"
     )
-
-
-def _write(out: Path, fill: Callable[[Path], Any]) -> None:
-    """A file or folder under a temporary name, then its own. Raises DitkitError; nothing half-written stays."""
-    temporary = out.with_name(f"{_TEMPORARY}{out.name}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        fill(temporary)
-        temporary.rename(out)
-    except (OSError, RuntimeError) as error:
-        raise DitkitError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from None
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
 
 
 # the start of a training

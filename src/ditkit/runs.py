@@ -16,7 +16,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,22 +59,34 @@ def _reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def atomic_write(path: Path, content: str | bytes) -> None:
-    """Write a file under a temporary name, fsync, rename: it holds the old content or the new, never a part.
+def atomic_write(path: Path, content: str | bytes | Callable[[Path], Any]) -> None:
+    """Write under a temporary name, fsync, rename: `path` holds the old content or the new, never a part.
 
-    Raises DitkitError if it cannot be written; the old file then stays.
+    content: what a file is to hold, or a function that makes the file, or the folder, at the path it is given. Raises
+    DitkitError if it cannot be written; the old file then stays, and nothing half-written.
     """
     temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        _sync(temporary)
+        if callable(content):
+            content(temporary)
+        else:
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        for file in (*temporary.rglob("*"), temporary):
+            _sync(file)
         temporary.replace(path)
         _sync(path.parent)
-    except OSError as error:
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # torch.save and safetensors have their own of a full disk
+        raise DitkitError(f"cannot write {path}: {_reason(error)}") from None
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise DitkitError(f"cannot write {path}: {_reason(error)}") from None
 
 
 class Checkpoint:
@@ -154,12 +167,10 @@ class Checkpoint:
 
         Raises DitkitError for a decay that is not there.
         """
-        wanted = recipe.sample.ema if ema is None else ema
-        if wanted and wanted not in self.emas:
-            raise DitkitError(f"{self.folder} has averaged weights of the decays {self.emas}, not {wanted}")
-        if ema is None:
-            return recipe.sample.average(recipe.train)
-        return f"ema-{wanted}" if wanted else "model"
+        sample = recipe.sample if ema is None else replace(recipe.sample, ema=ema, ema_std=None)
+        if sample.ema and sample.ema not in self.emas:
+            raise DitkitError(f"{self.folder} has averaged weights of the decays {self.emas}, not {sample.ema}")
+        return sample.average(recipe.train)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of "model", "ema-0.9999", "ema-std-0.05" or "optimizer". Raises DitkitError for corrupt files."""
