@@ -76,11 +76,7 @@ def atomic_write(path: Path, content: str | bytes | Callable[[Path], Any]) -> No
             _sync(file)
         temporary.replace(path)
         _sync(path.parent)
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # torch.save and safetensors have their own of a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, as Python, torch and safetensors say it
         raise DitkitError(f"cannot write {path}: {_reason(error)}") from None
     finally:
         if temporary.is_dir():

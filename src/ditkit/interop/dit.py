@@ -23,6 +23,10 @@ __all__ = ["DIFFUSERS", "DIT", "SIT", "diffusers_settings", "side_of", "square"]
 
 _TABLE = "y_embedder.embedding_table.weight"
 
+# what the outputs mean to the authors' programs; their files do not say it
+_DIT_MEANING = Meaning(DDPM(), "eps", "index")
+_SIT_MEANING = Meaning(Linear(), "-velocity", "1-t")
+
 
 def square(tokens: int, patch: int, options: Mapping[str, Any]) -> int | tuple[int, int]:
     """The side of the input of so many patches, or what the person says. Raises DitkitError if it is no square."""
@@ -65,14 +69,6 @@ def _is_release(shapes: Shapes) -> bool:
     return {"x_embedder.proj.weight", "final_layer.linear.weight", "pos_embed", _TABLE} <= set(shapes)
 
 
-def _dit_meaning(source: Source, config: DiTConfig) -> Meaning:
-    return Meaning(DDPM(), "eps", "index")
-
-
-def _sit_meaning(source: Source, config: DiTConfig) -> Meaning:
-    return Meaning(Linear(), "-velocity", "1-t")
-
-
 def _not_released(config: DiTConfig, meaning: Meaning, wanted: Meaning, name: str) -> str | None:
     if _say(meaning) != _say(wanted):
         return f"a {name} file means {_say(wanted)} to whoever reads it, and this model was trained as {_say(meaning)}"
@@ -102,8 +98,8 @@ DIT = Format(
     match=_is_release,
     rules=(Rule("*", ("*",)),),
     config=_released,
-    denoiser=_dit_meaning,
-    refusal=lambda config, meaning: _not_released(config, meaning, Meaning(DDPM(), "eps", "index"), "DiT"),
+    denoiser=lambda source, config: _DIT_MEANING,
+    refusal=lambda config, meaning: _not_released(config, meaning, _DIT_MEANING, "DiT"),
     # the authors' sample.py; the published FID of XL/2 is with guidance 1.5
     sampling=lambda config: {
         "steps": 250,
@@ -123,8 +119,8 @@ SIT = Format(
     match=_is_release,
     rules=(Rule("*", ("*",)),),
     config=_released,
-    denoiser=_sit_meaning,
-    refusal=lambda config, meaning: _not_released(config, meaning, Meaning(Linear(), "-velocity", "1-t"), "SiT"),
+    denoiser=lambda source, config: _SIT_MEANING,
+    refusal=lambda config, meaning: _not_released(config, meaning, _SIT_MEANING, "SiT"),
     # as many evaluations as the authors' 250 steps
     sampling=lambda config: {
         "steps": 125,

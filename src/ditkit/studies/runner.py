@@ -42,10 +42,10 @@ def compare(
     """
     out = Path(folder)
     _claim(study, out)
-    results = read_results(study, out)
+    done = set(read_results(study, out).found)
     for seed in study.seeds:
         for cell in study.cells:
-            if (cell.name, seed) in results.found:
+            if (cell.name, seed) in done:
                 continue
             begun = time.perf_counter()
             recipe = replace(cell.recipe, seed=seed)
@@ -54,11 +54,11 @@ def compare(
                 return False
             found = study.measure(run, replace(cell, recipe=recipe), seed)
             _store(out, cell, recipe, found, time.perf_counter() - begun)
-            results = read_results(study, out)
+            done.add((cell.name, seed))
             numbers = ", ".join(
                 f"{k} {number(v)}" for k, v in found.numbers.items() if not k.endswith(("_error", "seconds"))
             )
-            say(f"{len(results.found)}/{study.total} {cell.name}, seed {seed}: {numbers}")
+            say(f"{len(done)}/{study.total} {cell.name}, seed {seed}: {numbers}")
     return True
 
 
