@@ -1,16 +1,17 @@
 """The small set of layers that every family is built from; no model is named here."""
 
-from .attention import Attention, CrossAttention, attend
+from .attention import Attention, CrossAttention, QKNorm, attend
 from .blocks import AdaLNBlock, AdaLNZeroBlock, CrossBlock, Edit, FinalLayer, PlainBlock, visit
 from .embeddings import LabelEmbedder, TimestepEmbedder, positions_2d, sincos_2d, sinusoid
 from .init import init_adaln_zero
-from .mlp import Mlp, SwiGLU
-from .modulation import adaln, modulate
+from .mlp import Activation, Mlp, SwiGLU
+from .modulation import adaln, modulate, over_tokens
 from .norms import RMSNorm, layer_norm
-from .patches import BottleneckPatchEmbed, PatchEmbed, patch_grid, unpatchify
-from .rope import axial_angles, check_heads_2d, grid_angles, rope_table, rotate
+from .patches import BottleneckPatchEmbed, PatchEmbed, PatchOrder, patch_grid, patchify, unpatchify
+from .rope import Pairs, axial_angles, check_heads_2d, grid_angles, rope_table, rotate
 
 __all__ = [
+    "Activation",
     "AdaLNBlock",
     "AdaLNZeroBlock",
     "Attention",
@@ -21,8 +22,11 @@ __all__ = [
     "FinalLayer",
     "LabelEmbedder",
     "Mlp",
+    "Pairs",
     "PatchEmbed",
+    "PatchOrder",
     "PlainBlock",
+    "QKNorm",
     "RMSNorm",
     "SwiGLU",
     "TimestepEmbedder",
@@ -34,7 +38,9 @@ __all__ = [
     "init_adaln_zero",
     "layer_norm",
     "modulate",
+    "over_tokens",
     "patch_grid",
+    "patchify",
     "positions_2d",
     "rope_table",
     "rotate",

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from .modulation import adaln, modulate
+from .modulation import adaln, modulate, over_tokens
 
 __all__ = ["AdaLNBlock", "AdaLNZeroBlock", "CrossBlock", "Edit", "FinalLayer", "PlainBlock", "visit"]
 
@@ -107,14 +107,15 @@ class AdaLNZeroBlock(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b n d"],
-        c: Float[Tensor, "b g"],
-        rope: Float[Tensor, "2 n hd"] | None = None,
+        c: Float[Tensor, "b *n g"],
+        rope: Float[Tensor, "2 ... n hd"] | None = None,
+        mask: Bool[Tensor, "#b #h #n n"] | None = None,
         *,
         identity: Bool[Tensor, "b"] | None = None,
     ) -> Float[Tensor, "b n d"]:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
-        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1), rope, identity=identity)
-        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        x = x + over_tokens(gate1) * self.attn(modulate(self.norm1(x), shift1, scale1), rope, mask, identity=identity)
+        return x + over_tokens(gate2) * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
 class FinalLayer(nn.Module):

@@ -2,35 +2,47 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Literal
+
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-__all__ = ["Mlp", "SwiGLU"]
+__all__ = ["Activation", "Mlp", "SwiGLU"]
+
+Activation = Literal["gelu_tanh", "gelu", "silu"]
+
+_ACTIVATIONS = {"gelu_tanh": partial(F.gelu, approximate="tanh"), "gelu": F.gelu, "silu": F.silu}
 
 
 class Mlp(nn.Module):
-    """Linear, GELU in its tanh form, Linear (DiT), and dropout of the result."""
+    """Linear, a nonlinearity, Linear, and dropout of the result; GELU is in its tanh form unless said (DiT)."""
 
-    def __init__(self, dim: int, hidden: int, drop: float = 0.0):
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0, act: Activation = "gelu_tanh", bias: bool = True):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = nn.Linear(dim, hidden, bias=bias)
+        self.fc2 = nn.Linear(hidden, dim, bias=bias)
+        self.act: Activation = act
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
-        return self.drop(self.fc2(F.gelu(self.fc1(x), approximate="tanh")))
+        return self.drop(self.fc2(_ACTIVATIONS[self.act](self.fc1(x))))
 
 
 class SwiGLU(nn.Module):
-    """w3(silu(gate) * value), gate and value from one Linear, gate first (Shazeer 2020)."""
+    """w3(silu(gate) * value) (Shazeer 2020): gate and value from one Linear `w12`, gate first, or from two."""
 
-    def __init__(self, dim: int, hidden: int, drop: float = 0.0):
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0, bias: bool = True, fused: bool = True):
         super().__init__()
-        self.w12 = nn.Linear(dim, 2 * hidden)
-        self.w3 = nn.Linear(hidden, dim)
+        if fused:
+            self.w12 = nn.Linear(dim, 2 * hidden, bias=bias)
+        else:
+            self.w1, self.w2 = nn.Linear(dim, hidden, bias=bias), nn.Linear(dim, hidden, bias=bias)
+        self.fused = fused
+        self.w3 = nn.Linear(hidden, dim, bias=bias)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
-        gate, value = self.w12(x).chunk(2, dim=-1)
+        gate, value = self.w12(x).chunk(2, dim=-1) if self.fused else (self.w1(x), self.w2(x))
         return self.w3(self.drop(F.silu(gate) * value))

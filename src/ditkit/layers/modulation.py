@@ -5,19 +5,25 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor, nn
 
-__all__ = ["adaln", "modulate"]
+__all__ = ["adaln", "modulate", "over_tokens"]
 
 
-def adaln(dim: int, chunks: int, given: int | None = None) -> nn.Sequential:
+def adaln(dim: int, chunks: int, given: int | None = None, bias: bool = True) -> nn.Sequential:
     """SiLU and a Linear to `chunks` vectors of size `dim`; zero-initialised by the model for adaLN-Zero.
 
     given: the size of the vector that they come from, if it is not `dim`.
     """
-    return nn.Sequential(nn.SiLU(), nn.Linear(given or dim, chunks * dim))
+    return nn.Sequential(nn.SiLU(), nn.Linear(given or dim, chunks * dim, bias=bias))
+
+
+def over_tokens(vector: Float[Tensor, "b *n d"]) -> Float[Tensor, "b #n d"]:
+    """A vector per sample as one for all of its tokens; vectors per token stay as they are."""
+    return vector[:, None] if vector.ndim == 2 else vector
 
 
 def modulate(
-    x: Float[Tensor, "b n d"], shift: Float[Tensor, "b d"], scale: Float[Tensor, "b d"]
+    x: Float[Tensor, "b n d"], shift: Float[Tensor, "b *n d"] | None, scale: Float[Tensor, "b *n d"]
 ) -> Float[Tensor, "b n d"]:
-    """x (1 + scale) + shift, the same for all tokens of a sample."""
-    return x * (1 + scale[:, None]) + shift[:, None]
+    """x (1 + scale) + shift: the same for all tokens of a sample, or for each token its own."""
+    x = x * (1 + over_tokens(scale))
+    return x if shift is None else x + over_tokens(shift)

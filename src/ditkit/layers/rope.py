@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["axial_angles", "check_heads_2d", "grid_angles", "rope_table", "rotate"]
+__all__ = ["Pairs", "axial_angles", "check_heads_2d", "grid_angles", "rope_table", "rotate"]
+
+Pairs = Literal["neighbours", "halves"]
+"""Which channels of a head turn together: 2i and 2i + 1, or i and i + d/2."""
 
 
 def axial_angles(
-    positions: Sequence[Float[Tensor, "n"]], dims: Sequence[int], theta: float = 10000.0
-) -> Float[Tensor, "n half"]:
+    positions: Sequence[Float[Tensor, "*b n"]], dims: Sequence[int], theta: float = 10000.0
+) -> Float[Tensor, "*b n half"]:
     """Rotation angles in float64: for each axis its positions times theta^(-2i/dim), the axes side by side."""
     angles = []
     for position, dim in zip(positions, dims, strict=True):
         frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=position.device) / dim)
-        angles.append(position.double()[:, None] * frequencies)
+        angles.append(position.double()[..., None] * frequencies)
     return torch.cat(angles, dim=-1)
 
 
@@ -37,12 +41,22 @@ def grid_angles(grid: tuple[int, int], head_dim: int, device: torch.device | Non
     return axial_angles((row.flatten(), column.flatten()), (head_dim // 2, head_dim // 2))
 
 
-def rope_table(angles: Float[Tensor, "n half"]) -> Float[Tensor, "2 n d"]:
-    """cos and sin of the angles in float32, each repeated for its pair of neighbouring channels."""
-    return torch.stack((angles.cos(), angles.sin())).repeat_interleave(2, dim=-1).float()
+def rope_table(angles: Float[Tensor, "... n half"], pairs: Pairs = "neighbours") -> Float[Tensor, "2 ... n d"]:
+    """cos and sin of the angles in float32, each repeated for the two channels of its pair."""
+    table = torch.stack((angles.cos(), angles.sin()))
+    return (table.repeat_interleave(2, dim=-1) if pairs == "neighbours" else torch.cat((table, table), dim=-1)).float()
 
 
-def rotate(x: Float[Tensor, "b h n d"], table: Float[Tensor, "2 n d"]) -> Float[Tensor, "b h n d"]:
-    """Turn neighbouring channels (2i, 2i+1) as complex numbers: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)."""
-    turned = torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
+def rotate(
+    x: Float[Tensor, "b h n d"], table: Float[Tensor, "2 ... n d"], pairs: Pairs = "neighbours"
+) -> Float[Tensor, "b h n d"]:
+    """Turn pairs of channels as complex numbers: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
+
+    table: [2 n d], or [2 b 1 n d] where each sample has its own positions.
+    """
+    if pairs == "neighbours":
+        turned = torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
+    else:
+        first, second = x.chunk(2, dim=-1)
+        turned = torch.cat((-second, first), dim=-1)
     return (x * table[0] + turned * table[1]).to(x.dtype)

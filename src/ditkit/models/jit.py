@@ -85,7 +85,7 @@ def block(config: JiTConfig, index: int) -> AdaLNZeroBlock:
     return AdaLNZeroBlock(
         dim,
         norm1=RMSNorm(dim),
-        attn=Attention(dim, config.num_heads, qk_norm=True, attn_drop=attn_drop, proj_drop=proj_drop),
+        attn=Attention(dim, config.num_heads, qk_norm="head", attn_drop=attn_drop, proj_drop=proj_drop),
         norm2=RMSNorm(dim),
         mlp=SwiGLU(dim, int(int(dim * config.mlp_ratio) * 2 / 3), proj_drop),
     )

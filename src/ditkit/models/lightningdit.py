@@ -76,7 +76,7 @@ def block(config: LightningDiTConfig) -> AdaLNZeroBlock:
     return AdaLNZeroBlock(
         dim,
         norm1=RMSNorm(dim),
-        attn=Attention(dim, config.num_heads, qk_norm=config.qk_norm),
+        attn=Attention(dim, config.num_heads, qk_norm="head" if config.qk_norm else None),
         norm2=RMSNorm(dim),
         mlp=SwiGLU(dim, int(2 / 3 * int(dim * config.mlp_ratio))),
     )
