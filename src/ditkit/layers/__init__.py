@@ -1,14 +1,14 @@
 """The small set of layers that every family is built from; no model is named here."""
 
 from .attention import Attention, CrossAttention, QKNorm, attend
-from .blocks import AdaLNBlock, AdaLNZeroBlock, CrossBlock, Edit, FinalLayer, PlainBlock, visit
-from .embeddings import LabelEmbedder, TimestepEmbedder, positions_2d, sincos_2d, sinusoid
+from .blocks import AdaLNBlock, AdaLNZeroBlock, CrossBlock, Edit, FinalLayer, GatedCrossBlock, PlainBlock, visit
+from .embeddings import LabelEmbedder, TimestepEmbedder, TokenEmbedder, positions_2d, sincos_2d, sinusoid
 from .init import init_adaln_zero
 from .mlp import Activation, Mlp, SwiGLU
 from .modulation import adaln, modulate, over_tokens
 from .norms import RMSNorm, layer_norm
 from .patches import BottleneckPatchEmbed, PatchEmbed, PatchOrder, patch_grid, patchify, unpatchify
-from .rope import Pairs, axial_angles, check_heads_2d, grid_angles, rope_table, rotate
+from .rope import Pairs, axial_angles, check_heads_2d, check_heads_even, grid_angles, rope_table, rotate
 
 __all__ = [
     "Activation",
@@ -20,6 +20,7 @@ __all__ = [
     "CrossBlock",
     "Edit",
     "FinalLayer",
+    "GatedCrossBlock",
     "LabelEmbedder",
     "Mlp",
     "Pairs",
@@ -30,10 +31,12 @@ __all__ = [
     "RMSNorm",
     "SwiGLU",
     "TimestepEmbedder",
+    "TokenEmbedder",
     "adaln",
     "attend",
     "axial_angles",
     "check_heads_2d",
+    "check_heads_even",
     "grid_angles",
     "init_adaln_zero",
     "layer_norm",

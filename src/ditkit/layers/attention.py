@@ -154,6 +154,7 @@ class CrossAttention(nn.Module):
         qk_norm: QKNorm = None,
         head_dim: int | None = None,
         eps: float = 1e-6,
+        proj_drop: float = 0.0,
     ):
         super().__init__()
         head_dim = _head_dim(dim, heads, head_dim)
@@ -168,6 +169,7 @@ class CrossAttention(nn.Module):
         self.q_norm = _norm(qk_norm, head_dim, heads, eps)
         self.k_norm = _norm(qk_norm, head_dim, heads, eps)
         self.proj = nn.Linear(inner, dim, bias=bias if out_bias is None else out_bias)
+        self.proj_drop = nn.Dropout(proj_drop)
 
     def keys(self, given: Float[Tensor, "b m g"]) -> tuple[Float[Tensor, "b h m hd"], Float[Tensor, "b h m hd"]]:
         """Keys and values of given tokens: the same at every step of a trajectory."""
@@ -183,4 +185,4 @@ class CrossAttention(nn.Module):
         """given: tokens, or what `keys` made of them. mask: True = may be attended."""
         k, v = given if isinstance(given, tuple) else self.keys(given)
         q = _normed(self.q_norm, self.q(x), self.heads, self.qk_norm)
-        return self.proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+        return self.proj_drop(self.proj(attend(q, k, v, mask).transpose(1, 2).flatten(2)))

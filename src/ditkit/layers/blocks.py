@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .modulation import adaln, modulate, over_tokens
 
-__all__ = ["AdaLNBlock", "AdaLNZeroBlock", "CrossBlock", "Edit", "FinalLayer", "PlainBlock", "visit"]
+__all__ = ["AdaLNBlock", "AdaLNZeroBlock", "CrossBlock", "Edit", "FinalLayer", "GatedCrossBlock", "PlainBlock", "visit"]
 
 
 class Edit(Protocol):
@@ -62,10 +62,16 @@ class CrossBlock(nn.Module):
         self.norm2, self.mlp = norm2, mlp
 
     def forward(
-        self, x: Float[Tensor, "b n d"], given: Float[Tensor, "b m d"], *, identity: Bool[Tensor, "b"] | None = None
+        self,
+        x: Float[Tensor, "b n d"],
+        given: Float[Tensor, "b m g"],
+        given_mask: Bool[Tensor, "#b #h #n m"] | None = None,
+        *,
+        identity: Bool[Tensor, "b"] | None = None,
     ) -> Float[Tensor, "b n d"]:
+        """given_mask: which of the given tokens may be attended."""
         x = x + self.attn(self.norm1(x), identity=identity)
-        x = x + self.cross(self.norm_cross(x), given)
+        x = x + self.cross(self.norm_cross(x), given, given_mask)
         return x + self.mlp(self.norm2(x))
 
 
@@ -115,6 +121,57 @@ class AdaLNZeroBlock(nn.Module):
     ) -> Float[Tensor, "b n d"]:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
         x = x + over_tokens(gate1) * self.attn(modulate(self.norm1(x), shift1, scale1), rope, mask, identity=identity)
+        return x + over_tokens(gate2) * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class GatedCrossBlock(nn.Module):
+    """Self-attention, attention to given tokens and MLP, each modulated before and gated after by the conditioning
+    (Kandinsky 5, arXiv 2511.14993; Drax, arXiv 2510.04162).
+
+    cross: takes tokens, or the keys and values that its `keys` made of them. norm_tokens: the norm of the given tokens,
+    where each block has one. given: the size of the conditioning, if it is not `dim`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        norm1: nn.Module,
+        attn: nn.Module,
+        norm_cross: nn.Module,
+        cross: nn.Module,
+        norm2: nn.Module,
+        mlp: nn.Module,
+        norm_tokens: nn.Module | None = None,
+        given: int | None = None,
+    ):
+        super().__init__()
+        self.norm1, self.attn, self.norm_cross, self.norm_tokens = norm1, attn, norm_cross, norm_tokens
+        self.cross, self.norm2, self.mlp = cross, norm2, mlp
+        self.adaLN_modulation = adaln(dim, 9, given)
+
+    def keys(self, tokens: Float[Tensor, "b m g"]) -> tuple[Float[Tensor, "b h m hd"], Float[Tensor, "b h m hd"]]:
+        """Keys and values of the given tokens: the same at every step of a trajectory."""
+        return self.cross.keys(tokens if self.norm_tokens is None else self.norm_tokens(tokens))  # type: ignore[operator]
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n d"],
+        c: Float[Tensor, "b *n g"],
+        tokens: Float[Tensor, "b m g"] | tuple[Float[Tensor, "b h m hd"], Float[Tensor, "b h m hd"]],
+        tokens_mask: Bool[Tensor, "#b #h #n m"] | None = None,
+        rope: Float[Tensor, "2 ... n hd"] | None = None,
+        mask: Bool[Tensor, "#b #h #n n"] | None = None,
+        *,
+        identity: Bool[Tensor, "b"] | None = None,
+    ) -> Float[Tensor, "b n d"]:
+        """tokens: what is given, or what `keys` made of it. The masks say which tokens, and which x, may be attended.
+        The chunks of the modulation are shift, scale and gate of self-attention, of cross-attention and of the MLP."""
+        if not isinstance(tokens, tuple):
+            tokens = self.keys(tokens)
+        shift1, scale1, gate1, *cross, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(9, dim=-1)
+        x = x + over_tokens(gate1) * self.attn(modulate(self.norm1(x), shift1, scale1), rope, mask, identity=identity)
+        shift, scale, gate = cross
+        x = x + over_tokens(gate) * self.cross(modulate(self.norm_cross(x), shift, scale), tokens, tokens_mask)
         return x + over_tokens(gate2) * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 

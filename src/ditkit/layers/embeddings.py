@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-__all__ = ["LabelEmbedder", "TimestepEmbedder", "positions_2d", "sincos_2d", "sinusoid"]
+__all__ = ["LabelEmbedder", "TimestepEmbedder", "TokenEmbedder", "positions_2d", "sincos_2d", "sinusoid"]
 
 
 def sinusoid(t: Float[Tensor, "b"], dim: int, shift: int = 0) -> Float[Tensor, "b dim"]:
@@ -52,6 +52,22 @@ class LabelEmbedder(nn.Module):
         if label is None:
             return self.embedding_table.weight.expand(batch, -1)
         return self.embedding_table(label)
+
+
+class TokenEmbedder(nn.Embedding):
+    """A vector for each of `vocab` kinds of tokens; of probabilities over them the mean vector, with its gradient."""
+
+    def __init__(self, vocab: int, dim: int):
+        super().__init__(vocab, dim)
+
+    def forward(self, input: Shaped[Tensor, "b l *v"]) -> Float[Tensor, "b l d"]:
+        """input: tokens in integers, or probabilities in floats. Raises ValueError for another shape."""
+        soft = input.is_floating_point()
+        if input.ndim != 2 + soft or (soft and input.shape[2] != self.num_embeddings):
+            raise ValueError(
+                f"the model takes tokens [b l] or probabilities [b l {self.num_embeddings}], not {list(input.shape)}"
+            )
+        return input.to(self.weight.dtype) @ self.weight if soft else super().forward(input)
 
 
 def sincos_2d(dim: int, grid: tuple[int, int], device: torch.device | None = None) -> Float[Tensor, "1 n d"]:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["Pairs", "axial_angles", "check_heads_2d", "grid_angles", "rope_table", "rotate"]
+__all__ = ["Pairs", "axial_angles", "check_heads_2d", "check_heads_even", "grid_angles", "rope_table", "rotate"]
 
 Pairs = Literal["neighbours", "halves"]
 """Which channels of a head turn together: 2i and 2i + 1, or i and i + d/2."""
@@ -24,6 +24,15 @@ def axial_angles(
         frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=position.device) / dim)
         angles.append(position.double()[..., None] * frequencies)
     return torch.cat(angles, dim=-1)
+
+
+def check_heads_even(dim: int, heads: int) -> None:
+    """Raises ValueError for heads that cannot be turned along one axis; what does not divide is another error."""
+    if dim % heads == 0 and dim // heads % 2:
+        raise ValueError(
+            f"hidden_size {dim} in num_heads {heads} gives heads of {dim // heads} channels, "
+            "which the rotation needs even"
+        )
 
 
 def check_heads_2d(dim: int, heads: int) -> None:
