@@ -22,8 +22,9 @@ from ditkit.conditioning import Conditioning
 from ditkit.config import DitkitError, from_json, to_json
 from ditkit.data import Digits, Spiral
 from ditkit.models import MLPConfig
+from ditkit.pipeline import load
 from ditkit.recipe import Recipe, Sample, Train
-from ditkit.report import Value
+from ditkit.report import Section, Table, Value
 from ditkit.runs import Run
 from ditkit.studies import Cell, Claim, Finding, Results, Study, compare, find_study, read_results, write_report
 
@@ -71,8 +72,11 @@ def toy(
         (Cell("low", base), Cell("high", replace(base, model=MLPConfig(hidden_size=16)))),
         measure,
         lambda results: (),
-        lambda results: (
-            Claim("high is higher", "so", results.mean("high", "height") > results.mean("low", "height")),
+        (
+            Claim(
+                "high is higher",
+                lambda results: ("so", results.mean("high", "height") > results.mean("low", "height")),
+            ),
         ),
         seeds,
     )
@@ -125,12 +129,68 @@ def test_cells_of_one_run_share_its_training(tmp_path: Path) -> None:
     study = toy(measured, seeds=(0,))
     low = study.cells[0].recipe
     cells = (Cell("two", low, run="net"), Cell("three", replace(low, sample=Sample(steps=3)), run="net"))
-    study = replace(study, cells=cells, claims=lambda results: ())
+    study = replace(study, cells=cells, claims=())
     assert compare(study, tmp_path, quiet=True)
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["net-0"]
     assert [name for name, _ in measured] == ["two", "three"]
     with pytest.raises(ValueError, match="one name"):
         replace(study, cells=(cells[0], cells[0]))
+
+
+def test_a_cell_that_diverges_is_a_result_and_the_others_go_on(tmp_path: Path) -> None:
+    """A real training with an absurd rate, once with all seeds and once with one of two."""
+    measured: list[tuple[str, int]] = []
+    said: list[str] = []
+    plain = toy(measured)
+    low, high = plain.cells
+    absurd = replace(high.recipe, train=replace(LITTLE, steps=8, lr=1e30))
+
+    def present(results: Results) -> tuple[Section, ...]:
+        rows = tuple((c, results.value(c, "height")) for c in ("low", "wild", "half"))
+        return (Section("Heights", (Table(("", "height"), rows),)),)
+
+    def half(folder: Path, cell: Cell, seed: int) -> Finding:
+        if cell.name == "half" and seed == 1:
+            pipeline = load(folder, device="cpu")
+            next(pipeline.model.parameters()).data.fill_(torch.nan)
+            pipeline.sample(count=4)
+        return plain.measure(folder, cell, seed)
+
+    claims = (Claim("low is low", lambda r: ("1.5", r.mean("low", "height") < 2)),)
+    for name in ("wild", "half"):
+        claims += (Claim(f"{name} is wild", lambda r, name=name: ("", r.mean(name, "height") > 2)),)
+    study = replace(
+        plain,
+        cells=(replace(low, name="wild", recipe=absurd), low, Cell("half", low.recipe)),
+        measure=half,
+        present=present,
+        claims=claims,
+    )
+    out = tmp_path / "out"
+    assert compare(replace(study, seeds=(0,)), out, quiet=True, say=said.append)
+    assert "wild, seed 0: diverged (" in said[0]
+    assert "is nan at step" in said[0] or "is inf at step" in said[0]
+    assert compare(study, out, quiet=True, say=said.append)
+    assert measured == [("low", 0), ("half", 0), ("low", 1)]
+    assert "half, seed 1: diverged (sampling gave numbers that are not finite" in said[-1]
+    before = len(said)
+    assert compare(study, out, quiet=True, say=said.append)  # nothing is tried again
+    assert len(said) == before
+    written = write_report(study, out)
+    text = (out / "report.md").read_text()
+    assert "| wild | diverged |" in text
+    assert "| half | 1 (1 of 2 diverged) |" in text
+    assert "| low is low | 1.5 | kept |" in text
+    assert "| wild is wild | cannot be said: wild diverged with seed 0, 1 | open |" in text
+    assert "| half is wild | cannot be said: half diverged with seed 1 | open |" in text
+    assert "cannot be said: wild diverged" in written[0].read_text()
+    report = json.loads((out / "report.json").read_text())
+    assert [e["holds"] for e in report["expectations"]] == [True, None, None]
+    assert {(r["cell"], r["seed"]) for r in report["results"] if "diverged" in r} == {
+        ("wild", 0),
+        ("wild", 1),
+        ("half", 1),
+    }
 
 
 def test_another_study_preset_or_recipe_is_refused_and_nothing_is_touched(tmp_path: Path) -> None:
@@ -238,7 +298,7 @@ def test_the_prediction_loss_study_runs_and_judges_itself(tmp_path: Path) -> Non
     assert "256 numbers in a patch, 64 in the width" in (tmp_path / "report.md").read_text()
 
 
-def judged(large: dict[str, float], small: dict[str, float]) -> list[bool]:
+def judged(large: dict[str, float], small: dict[str, float]) -> list[bool | None]:
     """The verdicts of prediction-loss on KIDs by "prediction-loss"; what is not named is 1 (x0), 10 or, small, 1."""
     study = replace(find_study("prediction-loss"), seeds=(0,))
     found = {}
@@ -246,7 +306,7 @@ def judged(large: dict[str, float], small: dict[str, float]) -> list[bool]:
         patches, rest = cell.name.split("-", 1)
         usual = 10.0 if patches == "large" and not rest.startswith("x0") else 1.0
         found[cell.name, 0] = Finding({"kid": (large if patches == "large" else small).get(rest, usual)}, {})
-    return [claim.holds for claim in study.claims(Results(study, found))]
+    return [verdict.holds for verdict in study.verdicts(Results(study, found))]
 
 
 def test_the_verdicts_are_on_the_worst_and_the_best_cell() -> None:

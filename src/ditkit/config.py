@@ -14,6 +14,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 __all__ = [
     "DitkitError",
+    "NotFinite",
     "differences",
     "from_json",
     "lookup",
@@ -30,6 +31,10 @@ T = TypeVar("T")
 
 class DitkitError(ValueError):
     """What a person can cause and mend: one line that says what was wrong, where, and what to do."""
+
+
+class NotFinite(DitkitError):
+    """A loss, its gradient or a sample is infinite or not a number: what was asked for is possible, and diverged."""
 
 
 _entries: dict[str, dict[str, Any]] = {}

@@ -13,7 +13,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from .conditioning import Given
-from .config import DitkitError, near, registered_as
+from .config import DitkitError, NotFinite, near, registered_as
 from .diffusion import Autoguidance, ClassifierFree, Denoiser, Guided, check_grid, guide, integrate
 from .models import Model
 from .recipe import Recipe, Sample, device_of
@@ -179,7 +179,7 @@ class Pipeline:
         x = self.denoiser.prior(rng, self.shape)
         out = integrate(self.guided(chosen, len(ids)), chosen.solver, times, x, cond, rng, tick)
         if not bool(torch.isfinite(out).all()):
-            raise DitkitError("sampling gave numbers that are not finite: use more steps or less guidance")
+            raise NotFinite("sampling gave numbers that are not finite: use more steps or less guidance")
         return self.recipe.codec.decode(out).cpu()
 
 

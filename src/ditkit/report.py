@@ -58,13 +58,17 @@ def number(value: float | None) -> str:
 
 @dataclass(frozen=True)
 class Value:
-    """A number in a table, with its standard error where there is one."""
+    """A number in a table, with its standard error where there is one, and a note about it."""
 
     value: float | None
     error: float | None = None
+    note: str = ""
 
     def __str__(self) -> str:
-        return number(self.value) + (f" ± {number(self.error)}" if self.error else "")
+        if self.value is None and self.note:
+            return self.note
+        error = f" ± {number(self.error)}" if self.error else ""
+        return number(self.value) + error + (f" ({self.note})" if self.note else "")
 
 
 @dataclass(frozen=True)

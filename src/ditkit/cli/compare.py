@@ -45,7 +45,7 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
         return 130
     written = write_report(study, out)
     results = read_results(study, out)
-    for claim in study.claims(results) if results.complete else ():
-        print(f"{'kept  ' if claim.holds else 'MISSED'}  {claim.text} ({claim.found})")
+    for verdict in study.verdicts(results):
+        print(f"{'MISSED' if verdict.holds is False else f'{verdict.word:6}'}  {verdict.text} ({verdict.found})")
     print("written: " + ", ".join(str(path) for path in written))
     return 0

@@ -8,7 +8,7 @@ from ..config import DitkitError, near
 from .manifold import manifold
 from .prediction_loss import prediction_loss
 from .runner import compare, read_results, write_report
-from .study import Cell, Claim, Finding, Results, Study
+from .study import Cell, Claim, Finding, Results, Study, Verdict
 
 __all__ = [
     "PRESETS",
@@ -17,6 +17,7 @@ __all__ = [
     "Finding",
     "Results",
     "Study",
+    "Verdict",
     "compare",
     "find_study",
     "read_results",

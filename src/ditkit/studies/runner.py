@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import DitkitError, differences, to_json
+from ..config import DitkitError, NotFinite, differences, to_json
 from ..recipe import Recipe
 from ..report import Listing, Report, Section, Table, number, provenance, write
 from ..runs import Run, atomic_write
@@ -38,7 +38,8 @@ def compare(
     """Train and measure what is missing, seed by seed. True if the study is complete.
 
     False: SIGTERM or Ctrl-C came while a cell was trained; the same call goes on from there, and no finished cell is
-    done again. say: gets a line for each cell. Raises DitkitError for a folder that holds something else.
+    done again. A cell whose loss or samples are not finite is finished, too: that is its result. say: gets a line for
+    each cell. Raises DitkitError for a folder that holds something else.
     """
     out = Path(folder)
     _claim(study, out)
@@ -50,15 +51,19 @@ def compare(
             begun = time.perf_counter()
             recipe = replace(cell.recipe, seed=seed)
             run = out / "runs" / f"{cell.folder}-{seed}"
-            if not _trained(run, recipe) and not train(recipe, run, quiet=quiet):
-                return False
-            found = study.measure(run, replace(cell, recipe=recipe), seed)
+            try:
+                if not _trained(run, recipe) and not train(recipe, run, quiet=quiet):
+                    return False
+                found = study.measure(run, replace(cell, recipe=recipe), seed)
+            except NotFinite as error:
+                found = Finding({}, {}, diverged=str(error))
             _store(out, cell, recipe, found, time.perf_counter() - begun)
             done.add((cell.name, seed))
             numbers = ", ".join(
                 f"{k} {number(v)}" for k, v in found.numbers.items() if not k.endswith(("_error", "seconds"))
             )
-            say(f"{len(done)}/{study.total} {cell.name}, seed {seed}: {numbers}")
+            became = f"diverged ({found.diverged})" if found.diverged else numbers
+            say(f"{len(done)}/{study.total} {cell.name}, seed {seed}: {became}")
     return True
 
 
@@ -105,6 +110,7 @@ def _store(out: Path, cell: Cell, recipe: Recipe, found: Finding, seconds: float
         "numbers": {**found.numbers, "seconds": round(seconds, 1)},
         "protocol": {**found.protocol, **provenance()},
         "samples": found.samples is not None,
+        "diverged": found.diverged,
     }
     atomic_write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
@@ -121,12 +127,13 @@ def read_results(study: Study, folder: str | Path) -> Results:
             try:
                 recipe, numbers, protocol = content["recipe"], dict(content["numbers"]), dict(content["protocol"])
                 samples = _samples(path.with_suffix(".npy")) if content["samples"] else None
+                diverged = str(content.get("diverged", ""))
             except (KeyError, TypeError, ValueError, OSError) as error:
                 raise DitkitError(f"{path} is damaged: {error!r}; delete it to have it made again") from None
             changed = differences(recipe, to_json(replace(cell.recipe, seed=seed)))
             if changed:
                 raise DitkitError(f"{path} is of another recipe: {changed[0]}; choose another --out, or delete it")
-            found[cell.name, seed] = Finding(numbers, protocol, samples)
+            found[cell.name, seed] = Finding(numbers, protocol, samples, diverged)
     return Results(study, found)
 
 
@@ -139,7 +146,7 @@ def write_report(study: Study, folder: str | Path) -> list[Path]:
     results = read_results(study, folder)
     if not results.found:
         raise DitkitError(f"{folder} holds no results of the study {study.name} yet: run it first")
-    claims = study.claims(results) if results.complete else ()
+    verdicts = study.verdicts(results)
     protocol = {
         "study": study.name,
         "preset": study.preset,
@@ -150,11 +157,14 @@ def write_report(study: Study, folder: str | Path) -> list[Path]:
         "measurement": common(f.protocol for f in results.found.values()),
         "seconds": round(sum(f.numbers["seconds"] for f in results.found.values()), 1),
     }
-    verdicts = Table(("what was expected", "what came", ""), tuple((c.text, c.found, c.holds) for c in claims))
+    judged = Table(
+        ("what was expected", "what came", ""),
+        tuple((v.text, v.found, v.word if v.holds is None else v.holds) for v in verdicts),
+    )
     partial = f"{len(results.found)} of {study.total} results are there: run the same command to get the others."
     sections = (
         Section("Question", (study.question, *(() if results.complete else (partial,)))),
-        *((Section("Expectations", (verdicts,)),) if claims else ()),
+        *((Section("Expectations", (judged,)),) if verdicts else ()),
         *study.present(results),
         Section("Protocol", ("Errors are standard errors over the seeds.", Listing(protocol))),
         Section("Recipes", (Listing({cell.name: to_json(cell.recipe) for cell in study.cells}, brief=True),)),
@@ -164,9 +174,10 @@ def write_report(study: Study, folder: str | Path) -> list[Path]:
         "preset": study.preset,
         "question": study.question,
         "complete": results.complete,
-        "expectations": [{"text": c.text, "found": c.found, "holds": c.holds} for c in claims],
+        "expectations": [{"text": v.text, "found": v.found, "holds": v.holds} for v in verdicts],
         "results": [
             {"cell": name, "seed": seed, "numbers": dict(f.numbers), "protocol": dict(f.protocol)}
+            | ({"diverged": f.diverged} if f.diverged else {})
             for (name, seed), f in results.found.items()
         ],
         "protocol": protocol,

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..recipe import Recipe
 from ..report import Section, Value
 
-__all__ = ["Cell", "Claim", "Finding", "Results", "Study", "common"]
+__all__ = ["Cell", "Claim", "Finding", "Missing", "Results", "Study", "Verdict", "common"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Finding:
     numbers: Mapping[str, float]
     protocol: Mapping[str, Any]
     samples: Shaped[Tensor, "n *sample"] | None = None
+    diverged: str = ""
+    """Why there is nothing to measure: the loss, its gradient or the samples were not finite."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,28 @@ class Cell:
 
 @dataclass(frozen=True)
 class Claim:
-    """Something that was expected of the results, what came, and whether it is so."""
+    """Something that is expected of the results, and how they are asked: what came, and whether it is so."""
+
+    text: str
+    judge: Callable[[Results], tuple[str, bool]]
+    """Called with complete results only; what it needs of a cell that diverged raises Missing."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A claim, what came, and whether it holds; None where it cannot be said."""
 
     text: str
     found: str
-    holds: bool
+    holds: bool | None
+
+    @property
+    def word(self) -> str:
+        return "open" if self.holds is None else "kept" if self.holds else "missed"
+
+
+class Missing(ValueError):
+    """A number that is asked for is not there."""
 
 
 Measure = Callable[[Path, Cell, int], Finding]
@@ -65,8 +84,7 @@ class Study:
     measure: Measure
     present: Callable[[Results], tuple[Section, ...]]
     """Tables and pictures of whatever is there; may be called with a part of the results."""
-    claims: Callable[[Results], tuple[Claim, ...]]
-    """Called with complete results only."""
+    claims: tuple[Claim, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
 
     def __post_init__(self) -> None:
@@ -78,6 +96,17 @@ class Study:
     def total(self) -> int:
         """Results that a complete study has."""
         return len(self.cells) * len(self.seeds)
+
+    def verdicts(self, results: Results) -> tuple[Verdict, ...]:
+        """What became of the claims; nothing while results are missing."""
+        return tuple(_verdict(claim, results) for claim in self.claims) if results.complete else ()
+
+
+def _verdict(claim: Claim, results: Results) -> Verdict:
+    try:
+        return Verdict(claim.text, *claim.judge(results))
+    except Missing as error:
+        return Verdict(claim.text, f"cannot be said: {error}", None)
 
 
 @dataclass(frozen=True)
@@ -95,22 +124,32 @@ class Results:
         """A number of a cell for each seed that is there."""
         return [f.numbers[number] for (name, _), f in self.found.items() if name == cell and number in f.numbers]
 
+    def diverged(self, cell: str) -> list[int]:
+        """The seeds with which a cell diverged."""
+        return [seed for (name, seed), f in self.found.items() if name == cell and f.diverged]
+
     def value(self, cell: str, number: str) -> Value:
-        """Mean and standard error over seeds; with one seed the measurement's own error; nothing for no seed."""
-        values = self.values(cell, number)
+        """Mean and standard error over seeds; with one seed the measurement's own error; nothing for no seed.
+
+        Seeds that diverged are not in the mean, and the note says so.
+        """
+        values, lost = self.values(cell, number), self.diverged(cell)
+        note = (f"{len(lost)} of {len(lost) + len(values)} diverged" if values else "diverged") if lost else ""
         if not values:
-            return Value(None)
+            return Value(None, note=note)
         mean = sum(values) / len(values)
         if len(values) == 1:
-            return Value(mean, next(iter(self.values(cell, f"{number}_error")), None))
+            return Value(mean, next(iter(self.values(cell, f"{number}_error")), None), note)
         variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
-        return Value(mean, math.sqrt(variance / len(values)))
+        return Value(mean, math.sqrt(variance / len(values)), note)
 
     def mean(self, cell: str, number: str) -> float:
-        """The mean over seeds. Raises ValueError where there is none."""
+        """The mean over seeds. Raises Missing where there is none, or where a seed diverged."""
+        if lost := self.diverged(cell):
+            raise Missing(f"{cell} diverged with seed {', '.join(map(str, lost))}")
         found = self.value(cell, number).value
         if found is None:
-            raise ValueError(f"there is no {number} of {cell}")
+            raise Missing(f"there is no {number} of {cell}")
         return found
 
     def samples(self, cell: str) -> Tensor | None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..averaging import std_name
 from ..codecs import Codec
-from ..config import DitkitError, differences, to_json
+from ..config import DitkitError, NotFinite, differences, to_json
 from ..data import Batch, Dataset, InMemory, Order
 from ..diffusion import Denoiser, Objective
 from ..exchange import Start, begin_from
@@ -46,8 +46,8 @@ def train(recipe: Recipe, folder: str | Path, *, init: str | Path | None = None,
 
     init: a run, a checkpoint or a published file whose weights a new run begins with; a run that goes on has them.
     False: SIGTERM or Ctrl-C came, a checkpoint was written, and the same call goes on from there. Raises DitkitError
-    for data or a combination that cannot work (before anything is written), for a folder that holds another run, for a
-    loss that is not finite (the last good checkpoint stays), and when the disk is full.
+    for data or a combination that cannot work (before anything is written), for a folder that holds another run, and
+    when the disk is full; NotFinite for a loss or gradient that is not finite (the last good checkpoint stays).
     """
     data = recipe.data.open()
     if data.skipped:
@@ -90,10 +90,6 @@ def train(recipe: Recipe, folder: str | Path, *, init: str | Path | None = None,
         run.cut_log(trainer.step, recipe.train.log_every)
         run.cut_snapshots(trainer.step)
         return _steps(trainer, run, checkpoint, quiet)
-
-
-class NotFinite(DitkitError):
-    """The loss or its gradient is infinite or not a number."""
 
 
 class Trainer:
@@ -302,7 +298,7 @@ def _steps(trainer: Trainer, run: Run, saved: Checkpoint | None, quiet: bool) ->
                 terms, norm, rate = trainer.advance(parts)
             except NotFinite as error:
                 kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
-                raise DitkitError(f"{error}; {kept}; try a lower --train.lr or --train.clip 1") from None
+                raise NotFinite(f"{error}; {kept}; try a lower --train.lr or --train.clip 1") from None
             log.step(trainer.step, settings.batch, {**terms, "grad_norm": norm}, lr=rate)
             trainer.log_state = log.state
             done = trainer.step == settings.steps
