@@ -90,6 +90,25 @@ def test_positions_are_relative_and_tell_equal_tokens_apart() -> None:
     assert_close(unturned[:, 0], unturned[:, 1], rtol=1e-5, atol=1e-5)
 
 
+def test_rotations_turn_the_two_halves_of_a_head() -> None:
+    """As in SEDD's and flow_matching's networks: channels i and i + 4 of a head of 8 are one complex number."""
+    model = build()
+    given: list[tuple[Tensor, Tensor]] = []
+
+    def watch(site: str, block: nn.Module, x: Any, c: Tensor, rope: Tensor) -> Any:
+        attn: Any = block.get_submodule("attn")
+        given.append((x, attn.project(x, rope)[0]))
+        assert torch.equal(attn.project(x)[0][:, :, 0], given[-1][1][:, :, 0])  # place 0 is not turned
+        q = torch.complex(*attn.project(x)[0].double().chunk(2, dim=-1))
+        angle = torch.arange(7.0).double()[:, None] * 10000.0 ** (-torch.arange(4).double() / 4)
+        turned = q * torch.polar(torch.ones_like(angle), angle)
+        assert_close(given[-1][1].double(), torch.cat((turned.real, turned.imag), dim=-1), rtol=1e-5, atol=1e-5)
+        return block(x, c, rope)
+
+    model(*inputs(), edit=watch)
+    assert len(given) == 3
+
+
 def test_a_sample_does_not_see_its_batch_and_prepared_work_changes_nothing() -> None:
     model = build()
     x, t, cond = inputs(5)

@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from .conditioning import Conditioning
 from .config import DitkitError
 from .models import ModelConfig
 
@@ -47,11 +46,6 @@ class Cost:
     """Float32 weights, gradients, two AdamW moments and one average, and what lives at once in a training step."""
 
 
-def _given(config: Any, batch: int) -> Conditioning:
-    classes = getattr(config, "num_classes", 0)
-    return Conditioning(label=torch.zeros(batch, dtype=torch.long)) if classes else Conditioning()
-
-
 def _x(config: ModelConfig, batch: int, shape: tuple[int, ...]) -> Tensor:
     return torch.zeros(batch, *shape, dtype=torch.long) if config.vocab else torch.empty(batch, *shape)
 
@@ -59,7 +53,7 @@ def _x(config: ModelConfig, batch: int, shape: tuple[int, ...]) -> Tensor:
 def gmacs(config: ModelConfig, shape: tuple[int, ...]) -> float:
     """Billions of multiply-accumulates of one forward pass of one sample of `shape`."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        config.build()(_x(config, 1, shape), torch.empty(1), _given(config, 1))
+        config.build()(_x(config, 1, shape), torch.empty(1), config.example(1))
     return counter.get_total_flops() / 2e9
 
 
@@ -146,7 +140,7 @@ def _memory(config: ModelConfig, shape: tuple[int, ...], batch: int, dtype: str)
         model = config.build()
     with FakeTensorMode():
         weights = {name: torch.empty(p.shape, requires_grad=p.requires_grad) for name, p in model.named_parameters()}
-        x, t, given = _x(config, batch, shape), torch.empty(batch), _given(config, batch)
+        x, t, given = _x(config, batch, shape), torch.empty(batch), config.example(batch)
 
         def step() -> None:
             with torch.autocast("cpu", torch.bfloat16, enabled=low):

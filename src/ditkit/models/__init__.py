@@ -5,7 +5,7 @@ from .dit import DiT, DiTConfig
 from .jit import JiT, JiTConfig
 from .lightningdit import LightningDiT, LightningDiTConfig
 from .mlp import MLP, MLPConfig
-from .registry import ImageConfig, Model, ModelConfig, Plan, create_model, list_models, model_config
+from .registry import ImageConfig, Model, ModelConfig, Plan, TokenConfig, create_model, list_models, model_config
 
 __all__ = [
     "MLP",
@@ -22,6 +22,7 @@ __all__ = [
     "Model",
     "ModelConfig",
     "Plan",
+    "TokenConfig",
     "create_model",
     "list_models",
     "model_config",

@@ -5,22 +5,20 @@ audio added, of Drax.
 A bidirectional transformer with rotary positions, LayerNorm without bias and adaLN-Zero on a narrow time vector, as in
 DiT. The network's language: x [b l] are tokens, or [b l v] probabilities of them; t is what the `clock` makes it (SEDD
 gives the logarithm of the noise, flow_matching and Drax their time from 0 = noise to 1 = data); the output [b l v] are
-logits of the clean tokens. Rotations act on neighbouring channels, SEDD's on the two halves of a head: the same network
-with the rows of q and k in another order.
+logits of the clean tokens. Rotations turn the two halves of a head, as SEDD's and flow_matching's do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from ..conditioning import Conditioning
-from ..config import DitkitError, register
+from ..config import register
 from ..layers import (
     AdaLNZeroBlock,
     Attention,
@@ -29,21 +27,23 @@ from ..layers import (
     LabelEmbedder,
     Mlp,
     TimestepEmbedder,
+    TokenEmbedder,
     axial_angles,
+    check_heads_even,
     init_adaln_zero,
     layer_norm,
     rope_table,
     visit,
 )
 from ..rng import Rng
-from .registry import Model, Plan, at_least_one, instantiate, register_models
+from .registry import Model, Plan, TokenConfig, at_least_one, instantiate, register_models
 
 __all__ = ["DDiT", "DDiTConfig"]
 
 
 @register("model", "ddit")
 @dataclass(frozen=True)
-class DDiTConfig:
+class DDiTConfig(TokenConfig):
     """Everything about a DDiT; the defaults are SEDD small on the vocabulary of GPT-2 and a mask."""
 
     length: int = 1024
@@ -64,17 +64,6 @@ class DDiTConfig:
     def __post_init__(self) -> None:
         at_least_one(self, "length", "vocab", "hidden_size", "depth", "num_heads", "cond_dim")
 
-    @property
-    def shape(self) -> tuple[int]:
-        """The number of tokens."""
-        return (self.length,)
-
-    def fitted(self, shape: tuple[int, ...], classes: int, vocab: int) -> Self:
-        """With this length, vocabulary and number of classes. Raises DitkitError for what are not tokens."""
-        if vocab == 0 or len(shape) != 1:
-            raise DitkitError(f"the model ddit is for tokens, and what is diffused is {list(shape)}: choose another")
-        return replace(self, length=shape[0], vocab=vocab, num_classes=classes)
-
     def build(self, seed: int = 0) -> DDiT:
         """The network with initial weights."""
         return instantiate(DDiT, self, seed)
@@ -86,7 +75,7 @@ def block(config: DDiTConfig) -> AdaLNZeroBlock:
     return AdaLNZeroBlock(
         dim,
         norm1=layer_norm(dim, eps=1e-5, affine=True, bias=False),
-        attn=Attention(dim, config.num_heads, proj_drop=config.drop, bias=False),
+        attn=Attention(dim, config.num_heads, proj_drop=config.drop, bias=False, pairs="halves"),
         norm2=layer_norm(dim, eps=1e-5, affine=True, bias=False),
         mlp=Mlp(dim, int(dim * config.mlp_ratio), config.drop),
         given=config.cond_dim,
@@ -102,12 +91,8 @@ class DDiT(Model):
         super().__init__()
         self.config = config
         dim, given = config.hidden_size, config.cond_dim
-        if dim % config.num_heads == 0 and dim // config.num_heads % 2:
-            raise ValueError(
-                f"hidden_size {dim} in num_heads {config.num_heads} gives heads of {dim // config.num_heads} channels, "
-                "which the rotation needs even"
-            )
-        self.x_embedder = nn.Embedding(config.vocab, dim)
+        check_heads_even(dim, config.num_heads)
+        self.x_embedder = TokenEmbedder(config.vocab, dim)
         self.t_embedder = TimestepEmbedder(given)
         self.y_embedder = LabelEmbedder(config.num_classes, given) if config.num_classes else None
         self.blocks = nn.ModuleList(block(config) for _ in range(config.depth))
@@ -128,24 +113,18 @@ class DDiT(Model):
             raise ValueError("the model has num_classes=0 and a label was given")
         positions = torch.arange(shape[1], device=self.x_embedder.weight.device)
         angles = axial_angles((positions,), (self.config.hidden_size // self.config.num_heads,))
-        return cond.with_static(rope=rope_table(angles)[None])
+        return cond.with_static(rope=rope_table(angles, "halves")[None])
 
     def forward(
         self, x: Shaped[Tensor, "b l *v"], t: Float[Tensor, "b"], cond: Conditioning, *, edit: Edit | None = None
     ) -> Float[Tensor, "b l v"]:
         """x: tokens, or probabilities in floats. The result are logits."""
-        weight = self.x_embedder.weight
-        soft = x.is_floating_point()
-        if x.ndim != 2 + soft or (soft and x.shape[2] != self.config.vocab):
-            raise ValueError(
-                f"the model takes tokens [b l] or probabilities [b l {self.config.vocab}], not {list(x.shape)}"
-            )
+        h = self.x_embedder(x)
         if "rope" not in cond.static:
             cond = self.prepare(cond, x.shape)
         c = self.t_embedder(t)
         if "label" in cond.static:
             c = c + cond.static["label"]
-        h = x.to(weight.dtype) @ weight if soft else self.x_embedder(x)
         for i, blk in enumerate(self.blocks):
             h = visit(edit, f"blocks.{i}", blk, h, c, cond.static["rope"][0])
         return self.final_layer(h, c)

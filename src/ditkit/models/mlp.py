@@ -57,6 +57,10 @@ class MLPConfig:
         """0: x is continuous."""
         return 0
 
+    def example(self, batch: int) -> Conditioning:
+        """Nothing is given."""
+        return Conditioning()
+
     def fitted(self, shape: tuple[int, ...], classes: int, vocab: int) -> Self:
         """With this dimension. Raises DitkitError for anything but points without classes."""
         if vocab or len(shape) != 1 or classes:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..conditioning import Conditioning
-from ..config import DitkitError, lookup, names, near, register_name
+from ..config import DitkitError, lookup, names, near, register_name, registered_as
 from ..layers import Edit
 from ..rng import Rng
 
@@ -21,6 +21,7 @@ __all__ = [
     "Model",
     "ModelConfig",
     "Plan",
+    "TokenConfig",
     "at_least_one",
     "create_model",
     "instantiate",
@@ -82,7 +83,16 @@ class ModelConfig(Protocol):
         """The same for such an x (`vocab` as above) and so many classes. Raises DitkitError if it cannot be."""
         ...
 
+    def example(self, batch: int) -> Conditioning:
+        """A conditioning of the shapes that the model takes, all zeros: to count what a forward pass costs."""
+        ...
+
     def build(self, seed: int = 0) -> Model: ...
+
+
+def _label(config: Any, batch: int) -> Conditioning:
+    """A label for each sample, if there are classes."""
+    return Conditioning(label=torch.zeros(batch, dtype=torch.long) if getattr(config, "num_classes", 0) else None)
 
 
 class ImageConfig:
@@ -116,6 +126,10 @@ class ImageConfig:
         rows, columns = self.grid
         return rows * columns
 
+    def example(self, batch: int) -> Conditioning:
+        """A label for each sample, if there are classes."""
+        return _label(self, batch)
+
     def fitted(self, shape: tuple[int, ...], classes: int, vocab: int) -> Self:
         """With this size and so many channels and classes. Raises DitkitError if patches do not tile the image."""
         if vocab or len(shape) != 3:
@@ -131,6 +145,35 @@ class ImageConfig:
             )
         size = height if height == width else (height, width)
         changes: dict[str, Any] = {"in_channels": channels, "input_size": size, "num_classes": classes}
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+
+class TokenConfig:
+    """What the configurations of models on tokens share: how they are fitted to an x [l]."""
+
+    length: int
+    vocab: int
+
+    @property
+    def shape(self) -> tuple[int]:
+        """The number of tokens."""
+        return (self.length,)
+
+    def example(self, batch: int) -> Conditioning:
+        """A label for each sample, if there are classes."""
+        return _label(self, batch)
+
+    def fitted(self, shape: tuple[int, ...], classes: int, vocab: int) -> Self:
+        """With this length, vocabulary and number of classes. Raises DitkitError for what are not tokens, and for
+        classes where the model has none."""
+        name = registered_as(self)[1]
+        if vocab == 0 or len(shape) != 1:
+            raise DitkitError(f"the model {name} is for tokens, and what is diffused is {list(shape)}: choose another")
+        changes: dict[str, Any] = {"length": shape[0], "vocab": vocab}
+        if hasattr(self, "num_classes"):
+            changes["num_classes"] = classes
+        elif classes:
+            raise DitkitError(f"the model {name} takes no classes, and the data has {classes}: choose another")
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
 
