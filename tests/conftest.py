@@ -58,15 +58,20 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def randomised(config: Any, seed: int = 0) -> Model:
-    """A network none of whose weights is zero, unlike a fresh one; fixed positions stay."""
-    model = config.build()
+def randomise(model: Model, seed: int = 0, std: float = 0.2) -> Model:
+    """Weights under which nothing is zero, unlike fresh ones; those of norms lie around 1, and fixed positions stay."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(0.08 * torch.randn(parameter.shape, generator=generator))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            *_, module, kind = ("", *name.split("."))
+            middle = 1 if "norm" in module and kind == "weight" else 0
+            parameter.data = middle + std * torch.randn(parameter.shape, generator=generator)
     return model.eval()
+
+
+def randomised(config: Any, seed: int = 0) -> Model:
+    """A network with such weights; small ones, so that deep networks do not saturate."""
+    return randomise(config.build(), seed, 0.08)
 
 
 def tiny_autoencoder(folder: Path) -> Path:

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ditkit.averaging import WIDEST, exponent, power_decay, reconstruction
 from ditkit.config import DitkitError
+from ditkit.exchange import begin_from, export_run
+from ditkit.interop import FORMATS, read
 from ditkit.pipeline import load
 from ditkit.recipe import Recipe, Sample, Train
 from ditkit.runs import Run, find_checkpoint
@@ -208,6 +211,39 @@ def test_any_length_is_loaded_and_a_tracked_one_is_itself(tracking: Recipe, tmp_
         done = ditkit("sample", folder, *words)
         assert done.returncode == 1
         assert message in done.stderr
+
+
+def test_what_samples_is_what_is_exported_and_begun_from(tracking: Recipe, tmp_path: Path, ditkit: Command) -> None:
+    """A length that was not tracked, asked for or named by the recipe: made from the snapshots, as by `load`."""
+    folder = tmp_path / "run"
+    train(tracking, folder, quiet=True)
+    wanted = dict(load(folder, ema_std=0.07, device="cpu").model.state_dict())
+
+    def written(file: str) -> dict[str, torch.Tensor]:
+        return {name.removeprefix("net."): value for name, value in load_file(tmp_path / file).items()}
+
+    done = ditkit("export", folder, "--format", "official", "--out", "asked.safetensors", "--ema-std", "0.07")
+    assert done.returncode == 0, done.stderr
+    assert "ema-std-0.07 made from 12 averages" in done.stdout
+    named = replace(Run(folder).recipe(), sample=replace(tracking.sample, ema_std=0.07))
+    (folder / "recipe.json").write_text(named.to_json())
+    export_run(folder, "official", tmp_path / "named.safetensors")
+    begun = begin_from(folder, tracking)
+    assert begun.origin.startswith("ema-std-0.07 made from 12 averages")
+    for found in (written("asked.safetensors"), written("named.safetensors"), begun.weights):
+        assert {name: torch.equal(value, wanted[name]) for name, value in found.items()} == dict.fromkeys(wanted, True)
+    export_run(folder, "official", tmp_path / "jit.pth")
+    first = read(tmp_path / "jit.pth", FORMATS, weights="model_ema1").weights
+    assert all(torch.equal(first[name], value) for name, value in wanted.items())
+    export_run(folder, "official", tmp_path / "decay.safetensors", ema=0.9)
+    assert torch.equal(written("decay.safetensors")["pos_embed"], wanted["pos_embed"])
+    assert not torch.equal(
+        written("decay.safetensors")["final_layer.linear.weight"], wanted["final_layer.linear.weight"]
+    )
+    with pytest.raises(DitkitError, match="not both"):
+        export_run(folder, "official", tmp_path / "no.safetensors", ema=0.9, ema_std=0.07)
+    with pytest.raises(DitkitError, match="of its profile would be missing"):
+        export_run(folder, "official", tmp_path / "no.safetensors", ema_std=0.01)
 
 
 def test_old_runs_still_load_and_have_no_lengths(tiny: Recipe, tmp_path: Path) -> None:

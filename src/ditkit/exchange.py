@@ -24,7 +24,7 @@ from .diffusion import Linear, Meaning
 from .interop import DIFFUSERS, DIT, FORMATS, JIT, SIT, Found, diffusers_settings, meta, read, read_json, size_name
 from .models import Model
 from .recipe import Recipe, Sample, Train
-from .runs import Checkpoint, Run, atomic_write, find_checkpoint
+from .runs import Checkpoint, Run, atomic_write, find_run
 
 __all__ = ["Start", "begin_from", "export_run", "import_file"]
 
@@ -150,28 +150,34 @@ def _classes(found: Found) -> tuple[str, ...]:
 
 
 def export_run(
-    run: str | Path, form: str, out: str | Path, *, ema: float | None = None, approximate: bool = False
+    run: str | Path,
+    form: str,
+    out: str | Path,
+    *,
+    ema: float | None = None,
+    ema_std: float | None = None,
+    approximate: bool = False,
 ) -> list[str]:
     """Write the weights of a run, or of a checkpoint, as published ones; lines that say what was written.
 
-    form: "official" (DiT, SiT, JiT: .pt, .pth or .safetensors) or "diffusers" (the folder of a DiTPipeline). ema: as in
-    `load`. approximate: write a DiT with the release's time frequencies for diffusers, which computes others. Raises
-    DitkitError for what the layout cannot express, and for an `out` that exists.
+    form: "official" (DiT, SiT, JiT: .pt, .pth or .safetensors) or "diffusers" (the folder of a DiTPipeline). ema,
+    ema_std: as in `load`. approximate: write a DiT with the release's time frequencies for diffusers, which computes
+    others. Raises DitkitError for what the layout cannot express, and for an `out` that exists.
     """
     out = Path(out)
     if out.exists():
         raise DitkitError(f"{out} exists already: choose another --out")
-    checkpoint = find_checkpoint(run)
-    recipe = checkpoint.recipe
-    name = checkpoint.choice(ema, recipe)
+    checkpoint, recipe = find_run(run, ema, ema_std)
+    weights, name = checkpoint.chosen(recipe)
     if form == "official":
-        return _official(checkpoint, recipe, name, out)
+        return _official(checkpoint, recipe, weights, name, out)
     if form == "diffusers":
-        return _diffusers(recipe, checkpoint.tensors(name), out, approximate)
+        return _diffusers(recipe, weights, out, approximate)
     raise DitkitError(f"--format is official or diffusers, not {form!r}")
 
 
-def _official(checkpoint: Checkpoint, recipe: Recipe, name: str, out: Path) -> list[str]:
+def _official(checkpoint: Checkpoint, recipe: Recipe, tensors: dict[str, Tensor], name: str, out: Path) -> list[str]:
+    """tensors: the weights that are exported; name: what they are called."""
     kinds = [form for form in (DIT, SIT, JIT) if isinstance(recipe.model, form.model)]
     if not kinds:
         raise DitkitError(f"a {type(recipe.model).__name__.removesuffix('Config')} was never published by its authors")
@@ -181,19 +187,17 @@ def _official(checkpoint: Checkpoint, recipe: Recipe, name: str, out: Path) -> l
         raise DitkitError(refusals[-1 if flow else 0] or "")
     chosen = kinds[refusals.index(None)]
     model = meta(recipe.model)
-    weights = chosen.write(model, checkpoint.tensors(name))
+    weights = chosen.write(model, tensors)
     if out.suffix == ".safetensors":
         held = "a bare state dict"
         atomic_write(out, lambda path: save_file(weights, path))
     elif chosen is JIT:
         # what JiT's loader wants: three state dicts; args say what it computes with
-        groups = [
-            "model" if "model" in checkpoint.groups else name,
-            name,
-            *(g for g in checkpoint.groups if "ema" in g),
-        ]
-        second = next((g for g in groups[2:] if g != name), name)
-        model_, ema1, ema2 = (chosen.write(model, checkpoint.tensors(g)) for g in (groups[0], name, second))
+        own = "model" if "model" in checkpoint.groups else name
+        second = next((g for g in checkpoint.groups if "ema" in g and g != name), name)
+        model_, ema2 = (
+            weights if group == name else chosen.write(model, checkpoint.tensors(group)) for group in (own, second)
+        )
         args = argparse.Namespace(
             img_size=recipe.model.input_size,
             class_num=recipe.model.num_classes,
@@ -203,8 +207,8 @@ def _official(checkpoint: Checkpoint, recipe: Recipe, name: str, out: Path) -> l
             proj_dropout=recipe.model.proj_drop,
             in_context_start=recipe.model.in_context_start,
         )
-        held = f"model = {groups[0]}, model_ema1 = {name}, model_ema2 = {second}"
-        saved = {"model": model_, "model_ema1": ema1, "model_ema2": ema2, "args": args}
+        held = f"model = {own}, model_ema1 = {name}, model_ema2 = {second}"
+        saved = {"model": model_, "model_ema1": weights, "model_ema2": ema2, "args": args}
         atomic_write(out, lambda path: torch.save(saved, path))
     else:
         held = "a bare state dict"
@@ -315,14 +319,9 @@ def begin_from(path: str | Path, recipe: Recipe) -> Start:
     """
     folder = Path(path)
     if folder.is_dir() and ((folder / "recipe.json").exists() or (folder / "state.json").exists()):
-        checkpoint = find_checkpoint(folder)
-        name = checkpoint.choice(None, checkpoint.recipe)
-        return Start(
-            f"{name} of {checkpoint.folder}",
-            checkpoint.recipe.model,
-            checkpoint.recipe.denoiser,
-            checkpoint.tensors(name),
-        )
+        checkpoint, before = find_run(folder)
+        weights, name = checkpoint.chosen(before)
+        return Start(f"{name} of {checkpoint.folder}", before.model, before.denoiser, weights)
     asked = ("num_heads", "in_context_start")
     options = {key: getattr(recipe.model, key) for key in asked if hasattr(recipe.model, key)}
     found = read(path, FORMATS, options=options)

@@ -18,7 +18,7 @@ from .diffusion import Autoguidance, ClassifierFree, Denoiser, Guided, check_gri
 from .models import Model
 from .recipe import Recipe, Sample, device_of
 from .rng import Rng
-from .runs import Run, find_checkpoint
+from .runs import find_run
 
 __all__ = ["Pipeline", "load"]
 
@@ -174,9 +174,7 @@ class Pipeline:
         seed: int,
         tick: Callable[[int, Tensor], None],
     ) -> Shaped[Tensor, "b *sample"]:
-        conditioner = self.recipe.conditioner
-        cond = conditioner.null(len(ids)) if labels is None else conditioner(Given(labels))
-        cond = cond.to(self.device)
+        cond = self.recipe.conditioner(Given(labels)).to(self.device)
         rng = Rng(seed).at(0, ids.to(self.device))
         x = self.denoiser.prior(rng, self.shape)
         out = integrate(self.guided(chosen, len(ids)), chosen.solver, times, x, cond, rng, tick)
@@ -200,18 +198,8 @@ def load(
     or bf16 for the network alone (the solver stays in float32). Raises DitkitError for a missing, damaged or foreign
     folder.
     """
-    checkpoint = find_checkpoint(run_or_checkpoint)
-    recipe = checkpoint.recipe
-    if Run(run_or_checkpoint).exists():  # how to sample and measure may have been changed since the checkpoint
-        now = Run(run_or_checkpoint).recipe()
-        recipe = dataclasses.replace(recipe, sample=now.sample, evaluate=now.evaluate)
-    if ema is not None or ema_std is not None:
-        recipe = dataclasses.replace(recipe, sample=dataclasses.replace(recipe.sample, ema=ema, ema_std=ema_std))
-    if recipe.sample.ema_std is not None:
-        weights, name = checkpoint.average(recipe.sample.ema_std)
-    else:
-        name = checkpoint.choice(None, recipe)
-        weights = checkpoint.tensors(name)
+    checkpoint, recipe = find_run(run_or_checkpoint, ema, ema_std)
+    weights, name = checkpoint.chosen(recipe)
     with torch.device("meta"):
         model = recipe.model.build()
     try:

@@ -34,7 +34,7 @@ from .averaging import reconstruction, std_name
 from .config import DitkitError
 from .recipe import Recipe
 
-__all__ = ["Checkpoint", "Run", "atomic_write", "find_checkpoint"]
+__all__ = ["Checkpoint", "Run", "atomic_write", "find_checkpoint", "find_run"]
 
 _TEMPORARY = ".writing-"
 LARGEST_RESIDUAL = 0.1
@@ -158,15 +158,18 @@ class Checkpoint:
         """Names for `tensors`."""
         return tuple(n.removesuffix(".safetensors") for n in self.state["files"])
 
-    def choice(self, ema: float | None, recipe: Recipe) -> str:
-        """The name of the weights meant by a decay: None = those of the recipe (the first), 0 = the weights themselves.
+    def chosen(self, recipe: Recipe) -> tuple[dict[str, Tensor], str]:
+        """The weights that a recipe samples with, and their name or what they were made from.
 
-        Raises DitkitError for a decay that is not there.
+        Raises DitkitError for a decay that is not there, and for a length as `average` does.
         """
-        sample = recipe.sample if ema is None else replace(recipe.sample, ema=ema, ema_std=None)
+        sample = recipe.sample
+        if sample.ema_std is not None:
+            return self.average(sample.ema_std)
         if sample.ema and sample.ema not in self.emas:
             raise DitkitError(f"{self.folder} has averaged weights of the decays {self.emas}, not {sample.ema}")
-        return sample.average(recipe.train)
+        name = sample.average(recipe.train)
+        return self.tensors(name), name
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of "model", "ema-0.9999", "ema-std-0.05" or "optimizer". Raises DitkitError for corrupt files."""
@@ -359,3 +362,18 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
     if newest is None:
         raise DitkitError(f"the run {folder} has no checkpoint yet: train it first")
     return newest
+
+
+def find_run(path: str | Path, ema: float | None = None, ema_std: float | None = None) -> tuple[Checkpoint, Recipe]:
+    """The checkpoint meant by a path, and its recipe; of a run, with how to sample and measure as the run has it now.
+
+    ema, ema_std: other averaged weights than the recipe's, by their decay (0 = the weights themselves) or their length.
+    """
+    checkpoint = find_checkpoint(path)
+    recipe = checkpoint.recipe
+    if Run(path).exists():  # how to sample and measure may have been changed since the checkpoint
+        now = Run(path).recipe()
+        recipe = replace(recipe, sample=now.sample, evaluate=now.evaluate)
+    if ema is not None or ema_std is not None:
+        recipe = replace(recipe, sample=replace(recipe.sample, ema=ema, ema_std=ema_std))
+    return checkpoint, recipe

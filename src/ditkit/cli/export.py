@@ -16,6 +16,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, required=True, help="official: a file .pt, .pth or .safetensors; diffusers: a folder"
     )
     parser.add_argument("--ema", type=float, help="decay of the averaged weights to use, 0 = the weights themselves")
+    parser.add_argument("--ema-std", type=float, help="length of a power-function average to use, as 0.07")
     parser.add_argument(
         "--approximate",
         action="store_true",
@@ -26,5 +27,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from ..exchange import export_run
 
-    print("\n".join(export_run(args.run, args.format, args.out, ema=args.ema, approximate=args.approximate)))
+    lines = export_run(
+        args.run, args.format, args.out, ema=args.ema, ema_std=args.ema_std, approximate=args.approximate
+    )
+    print("\n".join(lines))
     return 0

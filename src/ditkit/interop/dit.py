@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..config import DitkitError
-from ..diffusion import DDIM, DDPM, Ancestral, Discrete, Heun, Linear, Meaning, Regression
-from ..diffusion.grid import Leading, Respaced, Uniform
+from ..diffusion import DDIM, DDPM, Ancestral, Discrete, Linear, Meaning, Regression, SiTSDE
+from ..diffusion.grid import Leading, Respaced
+from ..diffusion.grid import SiT as SiTGrid
 from ..diffusion.objective import Uniform as UniformTimes
 from ..layers import sincos_2d
 from ..models import DiTConfig
@@ -121,11 +122,11 @@ SIT = Format(
     config=_released,
     denoiser=lambda source, config: _SIT_MEANING,
     refusal=lambda config, meaning: _not_released(config, meaning, _SIT_MEANING, "SiT"),
-    # as many evaluations as the authors' 250 steps
+    # the authors' sample.py in its mode SDE, from which the published FIDs are; those are with guidance 1.5
     sampling=lambda config: {
-        "steps": 125,
-        "solver": Heun(),
-        "grid": Uniform(),
+        "steps": 250,
+        "solver": SiTSDE(diffusion="sigma", norm=1.0, last_step="Mean"),
+        "grid": SiTGrid(eps=0.0, last_step=0.04),
         "guidance": 4.0 if config.num_classes else 1.0,
         "channels": 3,
     },

@@ -3,7 +3,9 @@
 SiT without the half of its last layer that learned nothing; the authors' t = 1 is noise, as here. The projector is
 behind block 8, its term has the factor 0.5; gradients are clipped at 1; AdamW 1e-4, batch 256, EMA 0.9999, half
 precision (fp16 or bf16 in the authors' code). Sampling: 250 steps of Euler-Maruyama with the last of length 0.04,
-guidance 1.8 on all channels where t < 0.7. The paper's claim: SiT's quality at 7M steps in less than 400K.
+guidance 1.8 on all channels where t < 0.7. The diffusion of the authors' samplers.py is 2 t, half of which multiplies
+the score: our w = t, SiT's "linear", where SiT's own default is "sigma", which on this path is t as well. The paper's
+claim: SiT's quality at 7M steps in less than 400K.
 """
 
 from __future__ import annotations

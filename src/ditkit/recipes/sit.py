@@ -2,14 +2,16 @@
 
 The authors' network has `learn_sigma`, which wastes half of the last layer, and so has this one: their checkpoints
 load. All else is as in DiT: AdamW 1e-4, batch 256, EMA 0.9999, float32. Sampling: 250 steps of Euler-Maruyama with
-the diffusion sigma(t), the last of length 0.04 without noise.
+the diffusion sigma(t), the last of length 0.04 without noise, as an imported checkpoint has it.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..conditioners import Label
-from ..diffusion import Linear, Meaning, Regression, SiTSDE, Uniform
-from ..diffusion.grid import SiT as SiTGrid
+from ..diffusion import Linear, Meaning, Regression, Uniform
+from ..interop import SIT
 from ..recipe import Recipe, Sample, Train
 from .imagenet import EVALUATE, imagenet, latents, sized
 
@@ -17,11 +19,12 @@ __all__ = ["sit_b_2", "sit_l_2", "sit_s_2", "sit_xl_2", "sit_xl_2_512"]
 
 
 def _sit(path: str, size: str, steps: int = 400_000, resolution: int = 256, guidance: float = 1.0) -> Recipe:
+    model = sized(f"sit_{size}", input_size=resolution // 8)
     return Recipe(
         data=imagenet(path, resolution),
         codec=latents("ema"),
         conditioner=Label(drop=0.1),
-        model=sized(f"sit_{size}", input_size=resolution // 8),
+        model=model,
         denoiser=Meaning(Linear(), prediction="-velocity", clock="1-t"),
         objective=Regression("velocity", Uniform()),
         train=Train(
@@ -34,13 +37,8 @@ def _sit(path: str, size: str, steps: int = 400_000, resolution: int = 256, guid
             sample_every=50_000,
             checkpoint_every=10_000,
         ),
-        sample=Sample(
-            steps=250,
-            solver=SiTSDE(diffusion="sigma", norm=1.0, last_step="Mean"),
-            grid=SiTGrid(eps=0.0, last_step=0.04),
-            guidance=guidance,
-            channels=3 if guidance != 1 else None,
-            batch=32,
+        sample=replace(
+            Sample(**SIT.sampling(model), batch=32), guidance=guidance, channels=3 if guidance != 1 else None
         ),
         evaluate=EVALUATE,
     )

@@ -127,6 +127,11 @@ class APG(ClassifierFree):
 
     The difference gathers momentum, is shortened to the threshold, and its part parallel to the strong opinion, which
     saturates colours, is multiplied by eta. All norms are of one sample; memory is of one trajectory.
+
+    The paper's table 10 has a threshold and a momentum for each model: 15 and -0.5 for Stable Diffusion XL, and a
+    smaller threshold for smaller latents. The momentum is the default here; the threshold depends on the size of x, and
+    there is none unless it is said. The guider of diffusers (0.42) has no momentum, eta 1 and a threshold of 15 unless
+    told otherwise, and works on the network's output (`space=None`).
     """
 
     eta: float = 0.0
@@ -134,7 +139,8 @@ class APG(ClassifierFree):
     threshold: float = 0.0
     """The largest norm of the difference, r in the paper; 0 = any."""
     momentum: float = -0.5
-    """beta in the paper: what came before counts so much in the next prediction; negative = away from it, 0 = none."""
+    """beta in the paper: what came before counts so much in the next prediction; negative = away from it, 0 = none.
+    The default is the paper's for Stable Diffusion XL."""
     space: str | None = "x0"
     """Where it works: x0 in the paper. None = the space of the network's output, as in diffusers."""
 
