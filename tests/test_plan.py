@@ -156,10 +156,10 @@ def test_planning_leaves_no_trace() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"resolution": 33}, "a resolution of 33 is not tiled by patches of 2"),
-        ({"resolution": 1}, "a resolution of 1 is not tiled"),
-        ({"resolution": 0}, "a resolution of 0 is not tiled"),
-        ({"resolution": -2}, "a resolution of -2 is not tiled"),
+        ({"resolution": 33}, "images of 33 x 33 are not tiled by patches of 2"),
+        ({"resolution": 1}, "images of 1 x 1 are not tiled"),
+        ({"resolution": 0}, "images of 0 x 0 are not tiled"),
+        ({"resolution": -2}, "images of -2 x -2 are not tiled"),
         ({"batch": 0}, "the batch is at least 1, not 0"),
         ({"dtype": "fp16"}, "bf16 or fp32, not 'fp16'"),
     ],

@@ -27,6 +27,7 @@ from ditkit.recipe import Recipe, Sample, Train
 from ditkit.report import Section, Table, Value
 from ditkit.runs import Run
 from ditkit.studies import Cell, Claim, Finding, Results, Study, compare, find_study, read_results, write_report
+from ditkit.studies.prediction_loss import centre_of_times, share_of_batch
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 LITTLE = Train(steps=4, batch=8, emas=(0.9,), log_every=2, sample_every=0, checkpoint_every=2, keep=1)
@@ -316,6 +317,19 @@ def test_the_verdicts_are_on_the_worst_and_the_best_cell() -> None:
     assert judged({"x0-eps": 3.3}, {}) == [True, True]
     assert judged({}, {"eps-x0": 1.6}) == [True, False]
     assert judged({}, {"eps-x0": 1.2, "x0-velocity": 0.79}) == [True, False]
+
+
+def test_what_a_loss_leans_on_is_a_tilted_gaussian() -> None:
+    """eps = -alpha / sigma x0 on the linear path: a weight e^(2 z) of z = logit t ~ N(m, s^2), or e^(-2 z)."""
+    cells = {cell.name: cell.recipe for cell in find_study("prediction-loss").cells}
+    law = cells["small-x0-x0"].objective.times
+    for name, share in (("x0-x0", 1.0), ("eps-eps", 1.0), ("velocity-velocity", 1.0)):
+        assert share_of_batch(cells[f"small-{name}"]).value == pytest.approx(share)
+    for name in ("x0-eps", "eps-x0"):  # heavy tails and t_eps: about e^(-4 s^2) = 0.077
+        assert 0.05 < (share_of_batch(cells[f"small-{name}"]).value or 0) < 0.3
+    assert centre_of_times(cells["small-eps-x0"]).value == pytest.approx(law.mean, abs=0.02)
+    unclamped = replace(cells["small-x0-eps"], denoiser=replace(cells["small-x0-eps"].denoiser, t_eps=0.0))
+    assert centre_of_times(unclamped).value == pytest.approx(law.mean - 2 * law.std**2, abs=0.15)
 
 
 @pytest.mark.parametrize("preset", ["cpu", "full"])

@@ -48,6 +48,8 @@ class Given:
     """What comes with a batch of data, before a conditioner has read it; a person who samples gives the same."""
 
     label: Int[Tensor, "b"] | None = None
+    text: Int[Tensor, "b l"] | None = None
+    """Code points, filled up with 0."""
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,9 @@ class Pipeline:
         seed: int,
         tick: Callable[[int, Tensor], None],
     ) -> Shaped[Tensor, "b *sample"]:
-        cond = self.recipe.conditioner(Given(labels)).to(self.device)
+        conditioner = self.recipe.conditioner
+        cond = conditioner.null(len(ids)) if labels is None else conditioner(Given(labels))
+        cond = cond.to(self.device)
         rng = Rng(seed).at(0, ids.to(self.device))
         x = self.denoiser.prior(rng, self.shape)
         out = integrate(self.guided(chosen, len(ids)), chosen.solver, times, x, cond, rng, tick)

@@ -5,7 +5,6 @@ Nothing is computed and no weight is allocated: the model runs on shapes alone.
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -102,16 +101,12 @@ def cost(config: ModelConfig, *, resolution: int | None = None, batch: int = 1, 
         raise DitkitError(f"the dtype is bf16 or fp32, not {dtype!r}")
     if batch < 1:
         raise DitkitError(f"the batch is at least 1, not {batch}")
-    patch = getattr(config, "patch_size", 1)
+    shape, classes = config.shape, getattr(config, "num_classes", 0)
     if resolution is not None:
-        if config.vocab:
-            raise DitkitError("a model of tokens has no resolution")
-        if resolution < patch or resolution % patch:
-            raise DitkitError(f"a resolution of {resolution} is not tiled by patches of {patch}")
-        config = dataclasses.replace(config, input_size=resolution)  # type: ignore[type-var]
-    shape = config.shape
-    if any(side % patch for side in shape[1:]):
-        raise DitkitError(f"an input_size of {shape[1]} x {shape[2]} is not tiled by patches of {patch}")
+        if config.vocab or len(shape) < 3:
+            raise DitkitError(f"a model of {'tokens' if config.vocab else 'vectors'} has no resolution")
+        shape = (*shape[:-2], resolution, resolution)
+    config = config.fitted(shape, classes, config.vocab)
     with torch.device("meta"):
         parameters = list(config.build().parameters())
     count = sum(p.numel() for p in parameters)

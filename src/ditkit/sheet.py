@@ -16,18 +16,19 @@ from .data import strings
 
 __all__ = ["SUFFIXES", "plot", "png", "rendered", "sheet", "suffix"]
 
-SUFFIXES = (".png", ".txt", ".npy")
+SUFFIXES = (".png", ".gif", ".txt", ".npy")
 
 
 def suffix(samples: Shaped[Tensor, "n *sample"]) -> str:
-    """The kind of file that shows such samples: .txt for texts, .png for images and vectors."""
+    """The kind of file that shows such samples: .txt for texts, .png for images, videos and vectors."""
     return ".txt" if _is_text(samples) else ".png"
 
 
 def rendered(samples: Shaped[Tensor, "n *sample"], kind: str, columns: int | None = None) -> bytes:
     """The samples as the content of a file of this kind.
 
-    .png: a sheet of images, or a plot of the first two coordinates of vectors. .txt: texts, one in a line. .npy: the
+    .png: a sheet of images, the frames of each video in a row, or a plot of the first two coordinates of vectors. .gif:
+    a sheet of videos that move. .txt: texts, one in a line. .npy: the
     numbers themselves. Raises DitkitError for samples that cannot be shown so.
     """
     buffer = io.BytesIO()
@@ -38,6 +39,13 @@ def rendered(samples: Shaped[Tensor, "n *sample"], kind: str, columns: int | Non
         return "".join(line + "\n" for line in strings(samples)).encode()
     if kind == ".png" and samples.ndim == 4:
         return png(sheet(samples, columns, margin=0 if len(samples) == 1 else 2))
+    if kind == ".png" and samples.ndim == 5:
+        frames = samples.shape[2]
+        return png(sheet(samples.transpose(1, 2).flatten(0, 1), frames, margin=1))
+    if kind == ".gif" and samples.ndim == 5:
+        first, *rest = (sheet(frame, columns) for frame in samples.unbind(2))
+        first.save(buffer, "GIF", save_all=True, append_images=rest, duration=125, loop=0)
+        return buffer.getvalue()
     if kind == ".png" and samples.ndim == 2 and samples.is_floating_point():
         return png(plot(samples))
     raise DitkitError(f"such samples cannot be shown as {kind}: use {suffix(samples)}, or .npy for the numbers")

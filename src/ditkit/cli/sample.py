@@ -34,16 +34,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        help="a file .png, .txt or .npy (the numbers), or a folder for single samples (default: samples.png; texts are "
-        "printed)",
+        help="a file .png, .gif (videos), .txt or .npy (the numbers), or a folder for single samples (default: "
+        "samples.png; texts are printed)",
     )
     parser.add_argument("--columns", type=int, help="images in a row of the sheet")
 
 
 def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     kind = "" if args.out is None else args.out.suffix.lower()
-    if kind not in ("", ".png", ".txt", ".npy"):
-        raise DitkitError(f"--out is a .png, .txt or .npy file or a folder, not {args.out}")
+    if kind not in ("", ".png", ".gif", ".txt", ".npy"):
+        raise DitkitError(f"--out is a .png, .gif, .txt or .npy file or a folder, not {args.out}")
     if args.columns is not None and args.columns < 1:
         raise DitkitError(f"--columns must be at least 1, not {args.columns}")
     import torch

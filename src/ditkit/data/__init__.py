@@ -7,6 +7,7 @@ from .dataset import Batch, Dataset, InMemory, Order, Split
 from .digits import Digits
 from .elsewhere import Elsewhere
 from .folder import Folder
+from .moving_digits import MovingDigits
 from .spiral import Spiral
 from .text import points, strings
 
@@ -18,6 +19,7 @@ __all__ = [
     "Elsewhere",
     "Folder",
     "InMemory",
+    "MovingDigits",
     "Order",
     "Spiral",
     "Split",

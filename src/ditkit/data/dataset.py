@@ -1,6 +1,7 @@
 """What a data set is: samples and labels by index, a training and a held-out split, and the order of training.
 
-A sample is what a person would call one: an image (uint8 [c h w]), a vector (float32 [d]) or a text (the code points of
+A sample is what a person would call one: an image (uint8 [c h w]), a video (uint8
+[c t h w]), a vector (float32 [d]) or a text (the code points of
 its characters, int64 [l], filled up with 0). Codecs turn it into what is diffused.
 """
 
@@ -29,8 +30,9 @@ class Batch:
 
     @property
     def given(self) -> Given:
-        """What a conditioner reads."""
-        return Given(self.label)
+        """What a conditioner reads: the labels, and of texts the text itself (speech is made of it)."""
+        text = self.data if self.data.ndim == 2 and self.data.dtype == torch.int64 else None
+        return Given(self.label, text)
 
 
 class Split(Protocol):
@@ -77,7 +79,7 @@ class Dataset:
 
     name: str
     classes: tuple[str, ...]  # empty: without classes
-    shape: tuple[int, ...]  # of one sample: [c h w] of an image, [d] of a vector, [l] of a text
+    shape: tuple[int, ...]  # of one sample: [c h w] of an image, [c t h w] of a video, [d] of a vector, [l] of a text
     train: Split
     heldout: Split
     source: str  # one line for the protocol of a measured number: what, how many, which hash

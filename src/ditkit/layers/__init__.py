@@ -8,13 +8,16 @@ from .mlp import Activation, Mlp, SwiGLU
 from .modulation import adaln, modulate, over_tokens
 from .norms import RMSNorm, layer_norm
 from .patches import BottleneckPatchEmbed, PatchEmbed, PatchOrder, patch_grid, patchify, unpatchify
+from .patterns import Arrangement, Blocks, Mask, Nabla, Pattern, Rule, SlidingTiles, arrange
 from .rope import Pairs, axial_angles, check_heads_2d, check_heads_even, grid_angles, rope_table, rotate
 
 __all__ = [
     "Activation",
     "AdaLNBlock",
     "AdaLNZeroBlock",
+    "Arrangement",
     "Attention",
+    "Blocks",
     "BottleneckPatchEmbed",
     "CrossAttention",
     "CrossBlock",
@@ -22,17 +25,23 @@ __all__ = [
     "FinalLayer",
     "GatedCrossBlock",
     "LabelEmbedder",
+    "Mask",
     "Mlp",
+    "Nabla",
     "Pairs",
     "PatchEmbed",
     "PatchOrder",
+    "Pattern",
     "PlainBlock",
     "QKNorm",
     "RMSNorm",
+    "Rule",
+    "SlidingTiles",
     "SwiGLU",
     "TimestepEmbedder",
     "TokenEmbedder",
     "adaln",
+    "arrange",
     "attend",
     "axial_angles",
     "check_heads_2d",

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .norms import RMSNorm
+from .patterns import Mask, attend_blocks
 from .rope import Pairs, rotate
 
 __all__ = ["Attention", "CrossAttention", "QKNorm", "attend"]
@@ -22,15 +23,20 @@ def attend(
     q: Float[Tensor, "b h n d"],
     k: Float[Tensor, "b g m d"],
     v: Float[Tensor, "b g m d"],
-    mask: Bool[Tensor, "#b #h #n m"] | None = None,
+    mask: Mask | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "b h n d"]:
     """softmax(q k^T / sqrt(d)) v; True in `mask` = may be attended. q and k take the dtype of v.
 
     With fewer heads of k and v, each serves h / g neighbouring heads of q (grouped queries, Ainslie et al. 2023).
+    mask: booleans that fit [b h n m], or blocks of them (patterns.py).
     """
     grouped = q.shape[1] != k.shape[1]
     q, k = q.to(v.dtype), k.to(v.dtype)
+    if mask is not None and not isinstance(mask, Tensor):
+        if grouped:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        return attend_blocks(q, k, v, mask, dropout)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, enable_gqa=grouped)
 
 
@@ -122,7 +128,7 @@ class Attention(nn.Module):
         self,
         x: Float[Tensor, "b n d"],
         rope: Float[Tensor, "2 ... n hd"] | None = None,
-        mask: Bool[Tensor, "#b #h #n n"] | None = None,
+        mask: Mask | None = None,
         *,
         identity: Bool[Tensor, "b"] | None = None,
     ) -> Float[Tensor, "b n d"]:

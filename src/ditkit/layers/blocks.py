@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .modulation import adaln, modulate, over_tokens
+from .patterns import Mask
 
 __all__ = ["AdaLNBlock", "AdaLNZeroBlock", "CrossBlock", "Edit", "FinalLayer", "GatedCrossBlock", "PlainBlock", "visit"]
 
@@ -115,7 +116,7 @@ class AdaLNZeroBlock(nn.Module):
         x: Float[Tensor, "b n d"],
         c: Float[Tensor, "b *n g"],
         rope: Float[Tensor, "2 ... n hd"] | None = None,
-        mask: Bool[Tensor, "#b #h #n n"] | None = None,
+        mask: Mask | None = None,
         *,
         identity: Bool[Tensor, "b"] | None = None,
     ) -> Float[Tensor, "b n d"]:
@@ -160,7 +161,7 @@ class GatedCrossBlock(nn.Module):
         tokens: Float[Tensor, "b m g"] | tuple[Float[Tensor, "b h m hd"], Float[Tensor, "b h m hd"]],
         tokens_mask: Bool[Tensor, "#b #h #n m"] | None = None,
         rope: Float[Tensor, "2 ... n hd"] | None = None,
-        mask: Bool[Tensor, "#b #h #n n"] | None = None,
+        mask: Mask | None = None,
         *,
         identity: Bool[Tensor, "b"] | None = None,
     ) -> Float[Tensor, "b n d"]:

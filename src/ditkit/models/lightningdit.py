@@ -24,9 +24,11 @@ from ..layers import (
     FinalLayer,
     LabelEmbedder,
     PatchEmbed,
+    Pattern,
     RMSNorm,
     SwiGLU,
     TimestepEmbedder,
+    arrange,
     check_heads_2d,
     grid_angles,
     init_adaln_zero,
@@ -61,6 +63,8 @@ class LightningDiTConfig(ImageConfig):
     """RMS norm of q and k per head: off in the release; it keeps a long training in bf16 from diverging."""
     num_classes: int = 1000
     """0 = unconditional. The null label has the index num_classes."""
+    pattern: Pattern | None = None
+    """Which tiles of the image attend to which (sliding_tiles, nabla); None = all, as in the release."""
 
     def __post_init__(self) -> None:
         at_least_one(self, "patch_size", "in_channels", "hidden_size", "depth", "num_heads")
@@ -110,13 +114,14 @@ class LightningDiT(Model):
         return rope_table(grid_angles(grid, head_dim, self.pos_embed.device))[None]
 
     def prepare(self, cond: Conditioning, shape: Sequence[int], times: Sequence[float] = ()) -> Conditioning:
-        """Label vectors, positions and rotations."""
+        """Label vectors, positions, and rotations in the order of the pattern."""
         patch = self.config.patch_size
         grid = (shape[-2] // patch, shape[-1] // patch)
+        arranged = arrange(self.config.pattern, grid, self.pos_embed.device)
         return cond.with_static(
             label=self.y_embedder(cond.label, shape[0]),
             positions=positions_2d(self.pos_embed, self.config.grid, grid),
-            rope=self.rope(grid),
+            rope=arranged.sort(self.rope(grid), dim=2),
         )
 
     def forward(
@@ -128,10 +133,11 @@ class LightningDiT(Model):
         if "label" not in cond.static:
             cond = self.prepare(cond, x.shape)
         c = self.t_embedder(t) + cond.static["label"]
-        h = self.x_embedder(x) + cond.static["positions"]
+        arranged = arrange(config.pattern, grid, x.device)
+        h = arranged.sort(self.x_embedder(x) + cond.static["positions"])
         for i, blk in enumerate(self.blocks):
-            h = visit(edit, f"blocks.{i}", blk, h, c, cond.static["rope"][0])
-        return unpatchify(self.final_layer(h, c), grid, config.patch_size)
+            h = visit(edit, f"blocks.{i}", blk, h, c, cond.static["rope"][0], arranged.mask)
+        return unpatchify(self.final_layer(arranged.unsort(h), c), grid, config.patch_size)
 
 
 # The sizes of the authors' code: the letter is depth and width, the number the patch size.

@@ -96,12 +96,14 @@ def _label(config: Any, batch: int) -> Conditioning:
 
 
 class ImageConfig:
-    """What the configurations of models on patches of images share: how they are fitted to an x [c h w]."""
+    """What the configurations of models on patches of images share: how they are fitted to an x [c h w].
+
+    A model that is given text has no field num_classes: its conditioner turns classes into text.
+    """
 
     input_size: int | tuple[int, int]
     patch_size: int
     in_channels: int
-    num_classes: int
 
     @property
     def vocab(self) -> int:
@@ -138,13 +140,15 @@ class ImageConfig:
                 f"the model is for images [c h w], and what is diffused is {what}: choose another --model"
             )
         channels, height, width = shape
-        if height % self.patch_size or width % self.patch_size:
+        if min(height, width) < 1 or height % self.patch_size or width % self.patch_size:
             raise DitkitError(
                 f"images of {height} x {width} are not tiled by patches of {self.patch_size}: "
-                "change --model.patch-size or --data.resolution"
+                "change the patch size (--model.patch-size) or the resolution"
             )
         size = height if height == width else (height, width)
-        changes: dict[str, Any] = {"in_channels": channels, "input_size": size, "num_classes": classes}
+        changes: dict[str, Any] = {"in_channels": channels, "input_size": size}
+        if "num_classes" in (f.name for f in dataclasses.fields(self)):  # type: ignore[arg-type]
+            changes["num_classes"] = classes
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
 
