@@ -22,7 +22,7 @@ from .config import DitkitError, to_json
 from .data import Elsewhere
 from .diffusion import Linear, Meaning
 from .interop import DIFFUSERS, DIT, FORMATS, JIT, SIT, Found, diffusers_settings, meta, read, read_json, size_name
-from .models import Model
+from .models import Model, unadapted
 from .recipe import Recipe, Sample, Train
 from .runs import Checkpoint, Run, atomic_write, find_run
 
@@ -169,6 +169,8 @@ def export_run(
         raise DitkitError(f"{out} exists already: choose another --out")
     checkpoint, recipe = find_run(run, ema, ema_std)
     weights, name = checkpoint.chosen(recipe)
+    config, weights = unadapted(recipe.model, weights)
+    recipe = replace(recipe, model=config)
     if form == "official":
         return _official(checkpoint, recipe, weights, name, out)
     if form == "diffusers":
@@ -196,7 +198,10 @@ def _official(checkpoint: Checkpoint, recipe: Recipe, tensors: dict[str, Tensor]
         own = "model" if "model" in checkpoint.groups else name
         second = next((g for g in checkpoint.groups if "ema" in g and g != name), name)
         model_, ema2 = (
-            weights if group == name else chosen.write(model, checkpoint.tensors(group)) for group in (own, second)
+            weights
+            if group == name
+            else chosen.write(model, unadapted(checkpoint.recipe.model, checkpoint.tensors(group))[1])
+            for group in (own, second)
         )
         args = argparse.Namespace(
             img_size=recipe.model.input_size,
@@ -321,7 +326,8 @@ def begin_from(path: str | Path, recipe: Recipe) -> Start:
     if folder.is_dir() and ((folder / "recipe.json").exists() or (folder / "state.json").exists()):
         checkpoint, before = find_run(folder)
         weights, name = checkpoint.chosen(before)
-        return Start(f"{name} of {checkpoint.folder}", before.model, before.denoiser, weights)
+        config, weights = unadapted(before.model, weights)
+        return Start(f"{name} of {checkpoint.folder}", config, before.denoiser, weights)
     asked = ("num_heads", "in_context_start")
     options = {key: getattr(recipe.model, key) for key in asked if hasattr(recipe.model, key)}
     found = read(path, FORMATS, options=options)

@@ -42,6 +42,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--init", metavar="FILE_OR_RUN", help="begin with the weights of a run or a published checkpoint"
     )
+    parser.add_argument(
+        "--lora", type=int, metavar="RANK", help="train adapters of this rank; the weights stay as --init"
+    )
+    parser.add_argument(
+        "--lora-targets", nargs="+", metavar="NAME", help="last names of the Linears that get adapters (attention's)"
+    )
     parser.add_argument("--fields", action="store_true", help="list the fields of the recipe and their values")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -62,9 +68,28 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
         kind, _, path = args.recipe.partition(":")
         out = out or Path("runs") / (Path(path).expanduser().resolve().name if kind == "folder" else kind)
     recipe = override(recipe, ["--help"] if args.fields else rest, f"ditkit train {args.recipe}")
+    recipe = _adapted(recipe, args, new=not old.exists())
     if train(recipe, out, init=args.init, quiet=args.quiet):
         print(f"trained: {out}\nsample it with: ditkit sample {out}")
     return 0
+
+
+def _adapted(recipe: Recipe, args: argparse.Namespace, new: bool) -> Recipe:
+    """The recipe with adapters, if they are asked for. Raises DitkitError for adapters of nothing."""
+    from dataclasses import replace
+
+    from ..models import LoRAConfig
+
+    if args.lora is None:
+        if args.lora_targets is not None:
+            raise DitkitError("--lora-targets needs --lora RANK")
+        return recipe
+    if not new:
+        raise DitkitError("a run goes on with the adapters that it has: leave out --lora")
+    if args.init is None:
+        raise DitkitError("adapters beside weights that nobody trained learn nothing: give the weights with --init")
+    targets = LoRAConfig.targets if args.lora_targets is None else tuple(args.lora_targets)
+    return replace(recipe, model=LoRAConfig(recipe.model, args.lora, float(args.lora), targets))
 
 
 def override(recipe: Recipe, words: Sequence[str], prog: str) -> Recipe:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..config import DitkitError, registered_as
 from ..layers import sincos_2d
-from ..models import ImageConfig, Model
+from ..models import ImageConfig, Model, base_weights
 
 __all__ = ["Change", "Transfer", "patch_matrix", "transfer"]
 
@@ -67,7 +67,8 @@ def transfer(config: Any, weights: Mapping[str, Tensor], model: Model) -> Transf
     of different families, width or depth.
     """
     _check(config, model.config)
-    own: dict[str, Tensor] = dict(model.state_dict())
+    state: dict[str, Tensor] = model.state_dict()
+    own = {name: state[here] for name, here in base_weights(state).items()}  # adapters begin as they are
     loaded: list[str] = []
     resized: list[Change] = []
     new: list[Change] = []

@@ -4,6 +4,7 @@ from .ddit import DDiT, DDiTConfig
 from .dit import DiT, DiTConfig
 from .jit import JiT, JiTConfig
 from .lightningdit import LightningDiT, LightningDiTConfig
+from .lora import LoRAConfig, adapters, base_weights, merged, unadapted
 from .mlp import MLP, MLPConfig
 from .registry import ImageConfig, Model, ModelConfig, Plan, TokenConfig, create_model, list_models, model_config
 
@@ -18,12 +19,17 @@ __all__ = [
     "JiTConfig",
     "LightningDiT",
     "LightningDiTConfig",
+    "LoRAConfig",
     "MLPConfig",
     "Model",
     "ModelConfig",
     "Plan",
     "TokenConfig",
+    "adapters",
+    "base_weights",
     "create_model",
     "list_models",
+    "merged",
     "model_config",
+    "unadapted",
 ]
