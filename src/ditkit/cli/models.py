@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 from collections.abc import Sequence
+from pathlib import Path
 
 from ..config import DitkitError
 
@@ -12,6 +14,9 @@ __all__ = ["arguments", "described", "run"]
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pattern", metavar="GLOB", nargs="?", default="*", help='such as "jit_*_16" (default: all)')
+    parser.add_argument(
+        "--draw", type=Path, metavar="FILE", help="draw the blocks of the one model that matches, as .png"
+    )
 
 
 def described(shape: Sequence[int], vocab: int) -> str:
@@ -28,6 +33,8 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     found = list_models(args.pattern)
     if not found:
         raise DitkitError(f"no model matches {args.pattern!r}: `ditkit models` lists all")
+    if args.draw is not None:
+        return draw(found, args.draw)
     width = max(12, *map(len, found))
     with torch.device("meta"):
         for name in found:
@@ -36,4 +43,21 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
             print(
                 f"{name:<{width}} {count:>8.1f}M parameters, input {described(model.config.shape, model.config.vocab)}"
             )
+    return 0
+
+
+def draw(found: Sequence[str], out: Path) -> int:
+    """Write the picture of a model's blocks. Raises DitkitError if more than one model matches."""
+    from ..anatomy import anatomy, drawing
+    from ..models import model_config
+    from ..runs import atomic_write
+
+    if len(found) > 1:
+        raise DitkitError(f"--draw is for one model, and {len(found)} match: {', '.join(found[:3])}, ...")
+    if out.suffix.lower() != ".png":
+        raise DitkitError(f"--draw writes a .png file, not {out}")
+    buffer = io.BytesIO()
+    drawing(anatomy(model_config(found[0])).blocks, found[0]).savefig(buffer, format="png")
+    atomic_write(out, buffer.getvalue())
+    print(f"blocks of {found[0]}: {out}")
     return 0
