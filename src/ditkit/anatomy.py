@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import layers
 from .models import ModelConfig
+from .report import figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -141,10 +142,8 @@ class _Watch(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             self._note(_attention(args, kwargs or {}), "attention")
         elif func in _ACTIVATIONS:
-            self._note(
-                _ACTIVATIONS[func] + (", tanh form" if (kwargs or {}).get("approximate") == "tanh" else ""),
-                "activation",
-            )
+            form = ", tanh form" if (kwargs or {}).get("approximate") == "tanh" else ""
+            self._note(_ACTIVATIONS[func] + form, "activation")
         elif func in (torch.tanh, Tensor.tanh):
             self._mean(out, "tanh gate")
         elif func in _TAKEN and given[0] is not None and isinstance(out, Tensor):
@@ -164,11 +163,7 @@ class _Watch(TorchFunctionMode):
             self._note("× (1 + scale)", "modulation")
         elif "tanh gate" in given[:2]:
             self._note("× tanh gate", "modulation")
-        elif (
-            args[0].ndim == args[1].ndim == 3
-            and out.shape[-1] in self.widths
-            and 1 in (args[0].shape[1], args[1].shape[1])
-        ):
+        elif out.shape[-1] in self.widths and _for_all_tokens(args):
             self._note("× gate", "modulation")
         elif args[0].shape == args[1].shape and out.ndim == 3:
             self._note("× value", "activation")
@@ -178,8 +173,13 @@ class _Watch(TorchFunctionMode):
             return
         if args[0].shape == args[1].shape:
             self._note("+ residual", "sum")
-        elif 1 in (args[0].shape[1], args[1].shape[1]):
+        elif _for_all_tokens(args):
             self._note("+ shift", "modulation")
+
+
+def _for_all_tokens(args: Sequence[Tensor]) -> bool:
+    """Whether one of two tensors [b n d] is the same vector for all tokens."""
+    return args[0].ndim == args[1].ndim == 3 and 1 in (args[0].shape[1], args[1].shape[1])
 
 
 def _described(module: nn.Module) -> tuple[str, str]:
@@ -234,15 +234,17 @@ _FILL = {
 
 
 def drawing(blocks: Sequence[tuple[str, int, Part]], title: str) -> Figure:
-    """Each kind of block as a column of boxes, from top to bottom in the order of the calls."""
-    from matplotlib.figure import Figure
+    """Each kind of block as a column of boxes, from top to bottom in the order of the calls.
+
+    Raises DitkitError without matplotlib.
+    """
+    rows = max(sum(map(_height, part.parts)) for _, _, part in blocks)
+    picture = figure(4.2 * len(blocks), 0.34 * (rows + 2.5))
     from matplotlib.patches import FancyBboxPatch
 
-    rows = max(sum(_height(inner) for inner in part.parts) for _, _, part in blocks)
-    figure = Figure(figsize=(4.2 * len(blocks), 0.34 * (rows + 2.5)), dpi=110, layout="constrained")
-    figure.suptitle(title)
+    picture.suptitle(title)
     for column, (site, count, part) in enumerate(blocks):
-        axes = figure.add_subplot(1, len(blocks), column + 1)
+        axes = picture.add_subplot(1, len(blocks), column + 1)
         axes.set(xlim=(0, 10), ylim=(-rows, 0))
         axes.axis("off")
         axes.set_title(f"{site} x {count}: {part.label}", fontsize=10)
@@ -271,4 +273,4 @@ def drawing(blocks: Sequence[tuple[str, int, Part]], title: str) -> Figure:
             if part.parts:
                 waiting.append((_END, left))
                 waiting += [(inner, left + 0.25) for inner in reversed(part.parts)]
-    return figure
+    return picture

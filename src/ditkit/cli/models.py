@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,9 +13,7 @@ __all__ = ["arguments", "described", "run"]
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pattern", metavar="GLOB", nargs="?", default="*", help='such as "jit_*_16" (default: all)')
-    parser.add_argument(
-        "--draw", type=Path, metavar="FILE", help="draw the blocks of the one model that matches, as .png"
-    )
+    parser.add_argument("--draw", type=Path, metavar="FILE", help="draw the blocks of one model, as .png")
 
 
 def described(shape: Sequence[int], vocab: int) -> str:
@@ -50,14 +47,13 @@ def draw(found: Sequence[str], out: Path) -> int:
     """Write the picture of a model's blocks. Raises DitkitError if more than one model matches."""
     from ..anatomy import anatomy, drawing
     from ..models import model_config
+    from ..report import drawn
     from ..runs import atomic_write
 
     if len(found) > 1:
         raise DitkitError(f"--draw is for one model, and {len(found)} match: {', '.join(found[:3])}, ...")
     if out.suffix.lower() != ".png":
         raise DitkitError(f"--draw writes a .png file, not {out}")
-    buffer = io.BytesIO()
-    drawing(anatomy(model_config(found[0])).blocks, found[0]).savefig(buffer, format="png")
-    atomic_write(out, buffer.getvalue())
+    atomic_write(out, drawn(drawing(anatomy(model_config(found[0])).blocks, found[0])))
     print(f"blocks of {found[0]}: {out}")
     return 0
