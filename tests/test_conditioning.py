@@ -38,6 +38,7 @@ def everything(b: int, seed: int, length: int = 5) -> Conditioning:
         pooled=draw(6),
         audio=tokens([length] * b, length, seed + 1),
         references=draw(2, 3, 4, 4),
+        vision=draw(2, 3, 2, 2, 5),
         control=draw(3, 4, 4),
         known=Known(draw(3, 4, 4), draw(3, 4, 4) > 0),
         channels=draw(1, 4, 4),
@@ -68,7 +69,7 @@ def test_every_field_is_in_the_example() -> None:
     given = everything(2, 0)
     empty = {f.name for f in dataclasses.fields(given) if f.name != "static" and getattr(given, f.name) is None}
     assert not empty
-    assert len(leaves(given)) == 13
+    assert len(leaves(given)) == 14
 
 
 def test_joined_batches_come_apart_again() -> None:

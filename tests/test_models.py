@@ -40,9 +40,11 @@ from ditkit.models import (
     JiT,
     JiTConfig,
     LightningDiTConfig,
+    LoRAConfig,
     MLPConfig,
     Model,
     ModelConfig,
+    ZImageConfig,
     create_model,
     list_models,
     model_config,
@@ -102,10 +104,12 @@ def tiny(request: pytest.FixtureRequest) -> tuple[Model, Any]:
 
 
 def test_every_family_has_a_tiny_one() -> None:
-    """Of those on images; the others are tested in test_ddit.py and with the studies."""
+    """Of those on images with classes; the others are tested in files of their own and with the studies."""
     assert {type(c) for c in TINY.values()} == {lookup("model", name) for name in names("model")} - {
         DDiTConfig,
+        LoRAConfig,
         MLPConfig,
+        ZImageConfig,
     }
 
 
@@ -160,7 +164,8 @@ def as_printed(value: float, printed: str) -> str:
 
 def test_every_name_is_in_a_table() -> None:
     sit = {name.replace("dit", "sit"): name for name in DIT}
-    assert set(list_models()) == {*DIT, *sit, *WAYS, *JIT, *PAPER, *LIGHTNING, "ddit_s", "ddit_m"}
+    elsewhere = {"ddit_s", "ddit_m", "z_image", "z_image_tiny"}  # test_ddit.py, test_single_stream.py
+    assert set(list_models()) == {*DIT, *sit, *WAYS, *JIT, *PAPER, *LIGHTNING, *elsewhere}
     assert all(model_config(name) == model_config(same) for name, same in sit.items())  # one network, two processes
 
 

@@ -65,7 +65,8 @@ class Conditioning:
     """All that is given for a batch; every field is optional and batch-first.
 
     label: class indices. text, audio: token sequences. pooled: one vector per sample. references: clean latents.
-    control: control images or latents. known: given parts of the sample. channels: joined to x by the model.
+    vision: features of the references by an encoder of images. control: control images or latents. known: given parts
+    of the sample. channels: joined to x by the model.
     scalars: named numbers per sample (guidance, size, scale factors).
     static: what `model.prepare` computed because it does not depend on x; a leading dimension of 1 serves all rows.
     """
@@ -75,6 +76,7 @@ class Conditioning:
     pooled: Float[Tensor, "b d"] | None = None
     audio: Tokens | None = None
     references: Float[Tensor, "b r c *space"] | None = None
+    vision: Float[Tensor, "b r h w d"] | None = None
     control: Float[Tensor, "b c *space"] | None = None
     known: Known | None = None
     channels: Float[Tensor, "b c *space"] | None = None

@@ -80,7 +80,8 @@ def _said(found: Found, codec: Any) -> list[str]:
     size = size_name(config, family) or "no published size"
     count = sum(value.numel() for value in found.weights.values())
     channels, rows, columns = config.shape
-    classes = f"{config.num_classes} classes" if config.num_classes else "no classes"
+    count_classes = getattr(config, "num_classes", 0)
+    classes = f"{count_classes} classes" if count_classes else "no classes"
     kind = "pixels" if isinstance(codec, Pixels) else f"latents of {codec.path}"
     average = f"an average of decay {found.decay}" if found.decay else "taken as the weights themselves"
     lines = [
@@ -140,7 +141,7 @@ def _autoencoder_settings(folder: Path) -> dict[str, Any]:
 
 def _classes(found: Found) -> tuple[str, ...]:
     """The names that the folder gives its classes, else their numbers."""
-    count = found.config.num_classes
+    count = getattr(found.config, "num_classes", 0)
     named = found.source.json("model_index.json").get("id2label")
     named = named if isinstance(named, dict) else {}
     return tuple(str(named.get(str(i), i)) for i in range(count))

@@ -6,8 +6,9 @@ from .jit import JIT
 from .source import open_source, read_json
 from .table import Rule
 from .transfer import Transfer, transfer
+from .zimage import Z_IMAGE, Z_IMAGE_COMFY, z_image_settings
 
-FORMATS = (DIT, SIT, JIT, DIFFUSERS)
+FORMATS = (DIT, SIT, JIT, DIFFUSERS, Z_IMAGE, Z_IMAGE_COMFY)
 """All that are known; of those that match a file the first is taken."""
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "FORMATS",
     "JIT",
     "SIT",
+    "Z_IMAGE",
+    "Z_IMAGE_COMFY",
     "Format",
     "Found",
     "Rule",
@@ -27,4 +30,5 @@ __all__ = [
     "read_json",
     "size_name",
     "transfer",
+    "z_image_settings",
 ]

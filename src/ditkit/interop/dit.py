@@ -159,8 +159,7 @@ def _diffusers_config(source: Source, shapes: Shapes, options: Mapping[str, Any]
         raise DitkitError(
             f"{source.path}: give the folder, not the file: its config.json says how many heads there are"
         )
-    inner = source.path / "config.json"
-    settings = source.json("transformer/config.json") or source.json(inner.relative_to(source.folder).as_posix())
+    settings = source.settings()
     fixed = {
         "norm_type": "ada_norm_zero", "activation_fn": "gelu-approximate", "attention_bias": True,
         "norm_elementwise_affine": False, "dropout": 0.0,

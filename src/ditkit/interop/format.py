@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..config import DitkitError, lookup, names, near
 from ..diffusion import Meaning
 from ..models import Model, ModelConfig
 from .source import Entries, Entry, Source, open_source
-from .table import Pair, Rule, pairs, read_table, write_table
+from .table import Pair, Rule, pairs, read_table, their_shapes, write_table
 
 __all__ = ["Format", "Found", "Shapes", "block_count", "meta", "option", "published", "read", "shape", "size_name"]
 
@@ -31,7 +32,8 @@ class Format:
     shapes, what was saved beside them, and what the person says. denoiser: what the output means. refusal: why a model
     with a meaning cannot be written in this layout, None if it can. model: the class of the configuration. weights: the
     groups that a file may hold, the best first, with their decays of averaging (0 = the weights themselves). prefix:
-    what their names begin with. sampling, objective: the authors' own, for the recipe of an imported run.
+    what their names begin with. unread: names, with `*` for any end, of tensors that a file may hold beside and that
+    the authors' network does not compute with. sampling, objective: the authors' own, for an imported run's recipe.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Format:
     objective: Callable[[Any, Meaning], Any]
     weights: Mapping[str, float] = field(default_factory=dict)
     prefix: str = ""
+    unread: tuple[str, ...] = ()
 
     def pairs(self, model: Model) -> list[Pair]:
         """The table of a model."""
@@ -104,7 +107,7 @@ def read(
         raise DitkitError(f"{path}: {error}") from None
     table = form.pairs(model)
     ours = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    wanted = {name: pair.shape(ours[pair.ours]) for pair in table for name in pair.theirs}
+    wanted = their_shapes(table, ours)
     _check(path, form, entries, wanted)
     numbers = source.read({name: entries[name] for name in wanted})
     _finite(path, numbers)
@@ -157,7 +160,10 @@ def _check(path: str | Path, form: Format, entries: Entries, wanted: Shapes) -> 
     """Raises DitkitError for tensors that are missing, unexpected, of another shape, or no floating point numbers."""
     if missing := sorted(set(wanted) - set(entries)):
         raise DitkitError(f"{path} is no complete {form.name}: it lacks {_some(missing)}")
-    if unexpected := sorted(set(entries) - set(wanted)):
+    unexpected = sorted(
+        name for name in entries if not any(fnmatchcase(name, known) for known in (*wanted, *form.unread))
+    )
+    if unexpected:
         raise DitkitError(f"{path} is no {form.name} as published: nothing there is called {_some(unexpected)}")
     for name, size in wanted.items():
         if entries[name].shape != size:

@@ -64,6 +64,12 @@ class Source:
             raise DitkitError(f"{self.path} holds no weights {wanted!r}: {near(wanted, self.groups)}")
         return wanted
 
+    def settings(self) -> dict[str, Any]:
+        """The config.json of the transformer in a folder of diffusers; empty for a file."""
+        if self.folder is None:
+            return {}
+        return read_json((self.path / "transformer" if self.path == self.folder else self.path) / "config.json")
+
     def json(self, name: str) -> dict[str, Any]:
         """A JSON file of the folder, such as "scheduler/scheduler_config.json"; empty if it is not there."""
         if self.folder is None or not (self.folder / name).exists():

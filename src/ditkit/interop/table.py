@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..config import DitkitError
 
-__all__ = ["Pair", "Rule", "pairs", "read_table", "write_table"]
+__all__ = ["Pair", "Rule", "pairs", "read_table", "their_shapes", "write_table"]
 
 
 @dataclass(frozen=True)
@@ -19,26 +19,24 @@ class Rule:
     """Our name and theirs. `#` is the number of a block, `*` any end of a name; both stand for the same on each side.
 
     Several of their names: ours is their concatenation (a fused q, k, v). Theirs has a `#` and ours has none: they keep
-    a copy in each block. None of theirs: it is not in their files, and `value` computes it from the shape.
+    a copy in each block. None of theirs: it is not in their files, and `value` computes it from the shape. A `part`:
+    theirs is the concatenation of several of ours, of which this is number `part` (their fused q, k, v).
     """
 
     ours: str
     theirs: tuple[str, ...]
     value: Callable[[tuple[int, ...]], Tensor] | None = None
+    part: int | None = None
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One of our tensors, and theirs that hold it: `how` is same, fused, copies or computed."""
+    """One of our tensors, and theirs that hold it: `how` is same, fused, part, copies or computed."""
 
     ours: str
     theirs: tuple[str, ...]
     how: str
     rule: Rule
-
-    def shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of each of theirs."""
-        return (ours[0] // len(self.theirs), *ours[1:]) if self.how == "fused" else ours
 
 
 def pairs(rules: Iterable[Rule], names: Iterable[str]) -> list[Pair]:
@@ -61,13 +59,38 @@ def _pair(rules: tuple[Rule, ...], name: str, blocks: list[int]) -> Pair:
         if any("#" in t for t in theirs):
             return Pair(name, tuple(t.replace("#", str(i)) for t in theirs for i in blocks), "copies", rule)
         how = "computed" if not theirs else "fused" if len(theirs) > 1 else "same"
+        how = how if rule.part is None else "part"
         return Pair(name, theirs, how, rule)
     raise KeyError(name)
 
 
-def read_table(table: Iterable[Pair], tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict:
+def _shared(table: Iterable[Pair]) -> dict[str, list[str]]:
+    """Theirs that are made of parts, each with ours in order."""
+    parts: dict[str, list[tuple[int, str]]] = {}
+    for pair in table:
+        if pair.how == "part":
+            assert pair.rule.part is not None
+            parts.setdefault(pair.theirs[0], []).append((pair.rule.part, pair.ours))
+    return {name: [ours for _, ours in sorted(found)] for name, found in parts.items()}
+
+
+def their_shapes(table: Sequence[Pair], ours: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The shapes of their tensors, by name, from those of ours."""
+    found: dict[str, tuple[int, ...]] = {}
+    for pair in table:
+        first, *rest = ours[pair.ours] or (1,)
+        for name in pair.theirs:
+            found[name] = (first // len(pair.theirs), *rest) if pair.how == "fused" else ours[pair.ours]
+    for name, parts in _shared(table).items():
+        found[name] = (sum(ours[part][0] for part in parts), *ours[parts[0]][1:])
+    return found
+
+
+def read_table(table: Sequence[Pair], tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict:
     """Our tensors from theirs; `shapes` are ours. Raises DitkitError where copies in the blocks differ."""
     found: dict[str, Tensor] = {}
+    for name, parts in _shared(table).items():
+        found |= zip(parts, tensors[name].split([shapes[part][0] for part in parts]), strict=True)
     for pair in table:
         given = [tensors[name] for name in pair.theirs]
         if pair.how == "fused":
@@ -75,7 +98,7 @@ def read_table(table: Iterable[Pair], tensors: Mapping[str, Tensor], shapes: Map
         elif pair.how == "computed":
             assert pair.rule.value is not None
             found[pair.ours] = pair.rule.value(shapes[pair.ours])
-        else:
+        elif pair.how != "part":
             for name, other in zip(pair.theirs[1:], given[1:], strict=True):
                 if not torch.equal(given[0], other):
                     raise DitkitError(
@@ -86,9 +109,9 @@ def read_table(table: Iterable[Pair], tensors: Mapping[str, Tensor], shapes: Map
     return found
 
 
-def write_table(table: Iterable[Pair], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def write_table(table: Sequence[Pair], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Their tensors from ours: the inverse of `read_table`."""
-    found: dict[str, Tensor] = {}
+    found = {name: torch.cat([tensors[part] for part in parts]) for name, parts in _shared(table).items()}
     for pair in table:
         ours = tensors[pair.ours]
         if pair.how == "fused":

@@ -1,7 +1,17 @@
 """The small set of layers that every family is built from; no model is named here."""
 
 from .attention import Attention, CrossAttention, QKNorm, attend
-from .blocks import AdaLNBlock, AdaLNZeroBlock, CrossBlock, Edit, FinalLayer, GatedCrossBlock, PlainBlock, visit
+from .blocks import (
+    AdaLNBlock,
+    AdaLNZeroBlock,
+    CrossBlock,
+    Edit,
+    FinalLayer,
+    GatedCrossBlock,
+    PlainBlock,
+    SandwichBlock,
+    visit,
+)
 from .embeddings import LabelEmbedder, TimestepEmbedder, TokenEmbedder, positions_2d, sincos_2d, sinusoid
 from .init import init_adaln_zero
 from .mlp import Activation, Mlp, SwiGLU
@@ -36,6 +46,7 @@ __all__ = [
     "QKNorm",
     "RMSNorm",
     "Rule",
+    "SandwichBlock",
     "SlidingTiles",
     "SwiGLU",
     "TimestepEmbedder",

@@ -8,9 +8,20 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .modulation import adaln, modulate, over_tokens
+from .norms import RMSNorm
 from .patterns import Mask
 
-__all__ = ["AdaLNBlock", "AdaLNZeroBlock", "CrossBlock", "Edit", "FinalLayer", "GatedCrossBlock", "PlainBlock", "visit"]
+__all__ = [
+    "AdaLNBlock",
+    "AdaLNZeroBlock",
+    "CrossBlock",
+    "Edit",
+    "FinalLayer",
+    "GatedCrossBlock",
+    "PlainBlock",
+    "SandwichBlock",
+    "visit",
+]
 
 
 class Edit(Protocol):
@@ -176,18 +187,67 @@ class GatedCrossBlock(nn.Module):
         return x + over_tokens(gate2) * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
-class FinalLayer(nn.Module):
-    """A norm, modulated unless it is not `adaptive`, and a Linear to the features of a patch or a token."""
+class SandwichBlock(nn.Module):
+    """Attention and MLP, each between two RMS norms, scaled by 1 + scale before and gated by a tanh after.
 
-    def __init__(self, dim: int, features: int, norm: nn.Module, adaptive: bool = True, given: int | None = None):
+    x + tanh(gate) norm(attn(norm(x) (1 + scale))), then the same with the MLP; nothing is shifted (Lumina-Image 2.0,
+    Qin et al. 2025, arXiv 2503.21758; Z-Image, arXiv 2511.22699, section 4.1).
+    given: the size of the conditioning; None = no modulation, and `c` is None. silu: whether it goes through a SiLU.
+    """
+
+    def __init__(
+        self, dim: int, attn: nn.Module, mlp: nn.Module, given: int | None = None, silu: bool = True, eps: float = 1e-5
+    ):
+        super().__init__()
+        self.attn_norm1, self.attn_norm2 = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        self.mlp_norm1, self.mlp_norm2 = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        self.attn, self.mlp = attn, mlp
+        self.adaLN_modulation = None if given is None else adaln(dim, 4, given, silu=silu)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n d"],
+        c: Float[Tensor, "b *n g"] | None,
+        rope: Float[Tensor, "2 ... n hd"] | None = None,
+        mask: Mask | None = None,
+        *,
+        identity: Bool[Tensor, "b"] | None = None,
+    ) -> Float[Tensor, "b n d"]:
+        if self.adaLN_modulation is None:
+            x = x + self.attn_norm2(self.attn(self.attn_norm1(x), rope, mask, identity=identity))
+            return x + self.mlp_norm2(self.mlp(self.mlp_norm1(x)))
+        scale1, gate1, scale2, gate2 = self.adaLN_modulation(c).chunk(4, dim=-1)
+        y = self.attn(modulate(self.attn_norm1(x), None, scale1), rope, mask, identity=identity)
+        x = x + over_tokens(gate1.tanh()) * self.attn_norm2(y)
+        y = self.mlp(modulate(self.mlp_norm1(x), None, scale2))
+        return x + over_tokens(gate2.tanh()) * self.mlp_norm2(y)
+
+
+class FinalLayer(nn.Module):
+    """A norm, modulated unless it is not `adaptive`, and a Linear to the features of a patch or a token.
+
+    given: the size of the conditioning, if it is not `dim`. shift: False = the modulation only scales.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        features: int,
+        norm: nn.Module,
+        adaptive: bool = True,
+        given: int | None = None,
+        shift: bool = True,
+    ):
         super().__init__()
         self.norm_final = norm
         self.linear = nn.Linear(dim, features)
-        self.adaLN_modulation = adaln(dim, 2, given) if adaptive else None
+        self.shift = shift
+        self.adaLN_modulation = adaln(dim, 2 if shift else 1, given) if adaptive else None
 
-    def forward(self, x: Float[Tensor, "b n d"], c: Float[Tensor, "b g"]) -> Float[Tensor, "b n f"]:
+    def forward(self, x: Float[Tensor, "b n d"], c: Float[Tensor, "b *n g"]) -> Float[Tensor, "b n f"]:
         x = self.norm_final(x)
         if self.adaLN_modulation is not None:
-            shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
+            vectors = self.adaLN_modulation(c)
+            shift, scale = vectors.chunk(2, dim=-1) if self.shift else (None, vectors)
             x = modulate(x, shift, scale)
         return self.linear(x)

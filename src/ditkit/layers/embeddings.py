@@ -25,12 +25,12 @@ def sinusoid(t: Float[Tensor, "b"], dim: int, shift: int = 0) -> Float[Tensor, "
 
 
 class TimestepEmbedder(nn.Module):
-    """A sinusoid of the model's own time, then Linear, SiLU, Linear."""
+    """A sinusoid of the model's own time, then Linear, SiLU, Linear; `hidden` wide in between, if that is not `dim`."""
 
-    def __init__(self, dim: int, frequencies: int = 256, shift: int = 0):
+    def __init__(self, dim: int, frequencies: int = 256, shift: int = 0, hidden: int | None = None):
         super().__init__()
-        self.frequencies, self.shift = frequencies, shift
-        self.mlp = nn.Sequential(nn.Linear(frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.frequencies, self.shift, hidden = frequencies, shift, hidden or dim
+        self.mlp = nn.Sequential(nn.Linear(frequencies, hidden), nn.SiLU(), nn.Linear(hidden, dim))
 
     def forward(self, t: Float[Tensor, "b"]) -> Float[Tensor, "b d"]:
         return self.mlp(sinusoid(t, self.frequencies, self.shift).to(next(self.mlp.parameters()).dtype))

@@ -6,11 +6,14 @@ from collections.abc import Callable
 
 from torch import Generator, nn
 
-from .blocks import AdaLNZeroBlock, FinalLayer, GatedCrossBlock
+from .blocks import AdaLNZeroBlock, FinalLayer, GatedCrossBlock, SandwichBlock
 from .embeddings import LabelEmbedder, TimestepEmbedder
 from .norms import RMSNorm
 
 __all__ = ["init_adaln_zero"]
+
+_FROM_ZERO = (AdaLNZeroBlock, GatedCrossBlock, SandwichBlock, FinalLayer)
+"""Modules whose modulation starts at 0."""
 
 
 def init_adaln_zero(model: nn.Module, generator: Callable[[str], Generator]) -> None:
@@ -35,7 +38,7 @@ def init_adaln_zero(model: nn.Module, generator: Callable[[str], Generator]) -> 
             for key, weight in module.named_parameters():
                 if key.endswith("weight"):
                     nn.init.normal_(weight, std=0.02, generator=generator(f"{name}.{key}"))
-        if isinstance(module, AdaLNZeroBlock | GatedCrossBlock | FinalLayer) and module.adaLN_modulation is not None:
-            nn.init.zeros_(module.adaLN_modulation[1].weight)  # type: ignore[arg-type]
+        if isinstance(module, _FROM_ZERO) and module.adaLN_modulation is not None:
+            nn.init.zeros_(module.adaLN_modulation[-1].weight)  # type: ignore[arg-type]
         if isinstance(module, FinalLayer):
             nn.init.zeros_(module.linear.weight)

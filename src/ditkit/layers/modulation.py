@@ -8,12 +8,13 @@ from torch import Tensor, nn
 __all__ = ["adaln", "modulate", "over_tokens"]
 
 
-def adaln(dim: int, chunks: int, given: int | None = None, bias: bool = True) -> nn.Sequential:
+def adaln(dim: int, chunks: int, given: int | None = None, bias: bool = True, silu: bool = True) -> nn.Sequential:
     """SiLU and a Linear to `chunks` vectors of size `dim`; zero-initialised by the model for adaLN-Zero.
 
-    given: the size of the vector that they come from, if it is not `dim`.
+    given: the size of the vector that they come from, if it is not `dim`. silu: whether the SiLU is there.
     """
-    return nn.Sequential(nn.SiLU(), nn.Linear(given or dim, chunks * dim, bias=bias))
+    linear = nn.Linear(given or dim, chunks * dim, bias=bias)
+    return nn.Sequential(nn.SiLU(), linear) if silu else nn.Sequential(linear)
 
 
 def over_tokens(vector: Float[Tensor, "b *n d"]) -> Float[Tensor, "b #n d"]:

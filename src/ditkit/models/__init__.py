@@ -7,6 +7,7 @@ from .lightningdit import LightningDiT, LightningDiTConfig
 from .lora import LoRAConfig, adapters, base_weights, merged, unadapted
 from .mlp import MLP, MLPConfig
 from .registry import ImageConfig, Model, ModelConfig, Plan, TokenConfig, create_model, list_models, model_config
+from .zimage import ZImage, ZImageConfig
 
 __all__ = [
     "MLP",
@@ -25,6 +26,8 @@ __all__ = [
     "ModelConfig",
     "Plan",
     "TokenConfig",
+    "ZImage",
+    "ZImageConfig",
     "adapters",
     "base_weights",
     "create_model",
