@@ -37,6 +37,7 @@ from ditkit.models import (
     DDiTConfig,
     DiT,
     DiTConfig,
+    DraxConfig,
     JiT,
     JiTConfig,
     LightningDiTConfig,
@@ -107,6 +108,7 @@ def test_every_family_has_a_tiny_one() -> None:
     """Of those on images with classes; the others are tested in files of their own and with the studies."""
     assert {type(c) for c in TINY.values()} == {lookup("model", name) for name in names("model")} - {
         DDiTConfig,
+        DraxConfig,
         LoRAConfig,
         MLPConfig,
         ZImageConfig,
@@ -164,7 +166,15 @@ def as_printed(value: float, printed: str) -> str:
 
 def test_every_name_is_in_a_table() -> None:
     sit = {name.replace("dit", "sit"): name for name in DIT}
-    elsewhere = {"ddit_s", "ddit_m", "z_image", "z_image_tiny"}  # test_ddit.py, test_single_stream.py
+    elsewhere = {
+        "ddit_s",
+        "ddit_m",
+        "drax",
+        "drax_flash",
+        "drax_tiny",
+        "z_image",
+        "z_image_tiny",
+    }  # test_ddit.py, test_drax.py, test_single_stream.py
     assert set(list_models()) == {*DIT, *sit, *WAYS, *JIT, *PAPER, *LIGHTNING, *elsewhere}
     assert all(model_config(name) == model_config(same) for name, same in sit.items())  # one network, two processes
 

@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .averaging import decay_name
-from .codecs import Autoencoder, Pixels
+from .codecs import Autoencoder, Pixels, TokenIds
 from .conditioners import Label
 from .conditioning import Conditioning
 from .config import DitkitError, to_json
 from .data import Elsewhere
 from .diffusion import Linear, Meaning
-from .interop import DIFFUSERS, DIT, FORMATS, JIT, SIT, Found, diffusers_settings, meta, read, read_json, size_name
+from .interop import DIFFUSERS, FORMATS, JIT, SIT, Format, Found, diffusers_settings, meta, read, read_json, size_name
 from .models import Model, unadapted
 from .recipe import Recipe, Sample, Train
 from .runs import Checkpoint, Run, atomic_write, find_run
@@ -79,17 +79,22 @@ def _said(found: Found, codec: Any) -> list[str]:
     family = "sit" if found.format is SIT else ""
     size = size_name(config, family) or "no published size"
     count = sum(value.numel() for value in found.weights.values())
-    channels, rows, columns = config.shape
-    count_classes = getattr(config, "num_classes", 0)
-    classes = f"{count_classes} classes" if count_classes else "no classes"
-    kind = "pixels" if isinstance(codec, Pixels) else f"latents of {codec.path}"
     average = f"an average of decay {found.decay}" if found.decay else "taken as the weights themselves"
+    network = f"depth {config.depth}, width {config.hidden_size}, {config.num_heads} heads"
+    if config.vocab:
+        takes = f"input {config.length} tokens of {config.vocab} kinds"
+        means = f"means tokens on {meaning.path}, clock {meaning.clock}"
+    else:
+        network += f", patches of {config.patch_size}"
+        kind = "pixels" if isinstance(codec, Pixels) else f"latents of {codec.path}"
+        number = getattr(config, "num_classes", 0)
+        takes = f"input {' x '.join(map(str, config.shape))} ({kind}), {number or 'no'} classes"
+        means = f"means {meaning.prediction} on {meaning.path}, clock {meaning.clock}, t_eps {meaning.t_eps:g}"
     lines = [
-        f"{found.format.title}: {size}, {count / 1e6:.1f}M parameters in {len(found.weights)} tensors, depth "
-        f"{config.depth}, width {config.hidden_size}, {config.num_heads} heads, patches of {config.patch_size}",
-        f"input {channels} x {rows} x {columns} ({kind}), {classes}",
+        f"{found.format.title}: {size}, {count / 1e6:.1f}M parameters in {len(found.weights)} tensors, {network}",
+        takes,
         f"weights {found.group!r}: {average}",
-        f"means {meaning.prediction} on {meaning.path}, clock {meaning.clock}, t_eps {meaning.t_eps:g}",
+        means,
     ]
     if len(found.source.groups) > 1:
         lines.append(f"the file also holds {', '.join(g for g in found.source.groups if g != found.group)}: --weights")
@@ -103,7 +108,12 @@ def _said(found: Found, codec: Any) -> list[str]:
 
 
 def _codec(found: Found, autoencoder: str | None) -> Any:
-    """Pixels for JiT; otherwise the autoencoder that is given, that lies in the folder, or Stable Diffusion's."""
+    """Pixels for JiT, the numbers of tokens where it is made of them; otherwise the autoencoder that is given, that
+    lies in the folder, or Stable Diffusion's."""
+    if found.config.vocab:
+        if autoencoder is not None:
+            raise DitkitError(f"a {found.format.name} works on tokens: leave out --autoencoder")
+        return TokenIds(found.config.vocab)
     if found.format is JIT:
         if autoencoder is not None:
             raise DitkitError("a JiT works on pixels: leave out --autoencoder")
@@ -161,9 +171,9 @@ def export_run(
 ) -> list[str]:
     """Write the weights of a run, or of a checkpoint, as published ones; lines that say what was written.
 
-    form: "official" (DiT, SiT, JiT: .pt, .pth or .safetensors) or "diffusers" (the folder of a DiTPipeline). ema,
-    ema_std: as in `load`. approximate: write a DiT with the release's time frequencies for diffusers, which computes
-    others. Raises DitkitError for what the layout cannot express, and for an `out` that exists.
+    form: "official" (DiT, SiT, JiT: .pt, .pth or .safetensors; Drax: a folder) or "diffusers" (that of a DiTPipeline).
+    ema, ema_std: as in `load`. approximate: write a DiT with the release's time frequencies for diffusers, which
+    computes others. Raises DitkitError for what the layout cannot express, and for an `out` that exists.
     """
     out = Path(out)
     if out.exists():
@@ -181,7 +191,7 @@ def export_run(
 
 def _official(checkpoint: Checkpoint, recipe: Recipe, tensors: dict[str, Tensor], name: str, out: Path) -> list[str]:
     """tensors: the weights that are exported; name: what they are called."""
-    kinds = [form for form in (DIT, SIT, JIT) if isinstance(recipe.model, form.model)]
+    kinds = [form for form in FORMATS if form is not DIFFUSERS and isinstance(recipe.model, form.model)]
     if not kinds:
         raise DitkitError(f"a {type(recipe.model).__name__.removesuffix('Config')} was never published by its authors")
     refusals = [form.refusal(recipe.model, recipe.denoiser) for form in kinds]
@@ -191,7 +201,9 @@ def _official(checkpoint: Checkpoint, recipe: Recipe, tensors: dict[str, Tensor]
     chosen = kinds[refusals.index(None)]
     model = meta(recipe.model)
     weights = chosen.write(model, tensors)
-    if out.suffix == ".safetensors":
+    if chosen.settings is not None:
+        held = ", ".join((chosen.file, *_write_folder(out, chosen, weights, recipe)))
+    elif out.suffix == ".safetensors":
         held = "a bare state dict"
         atomic_write(out, lambda path: save_file(weights, path))
     elif chosen is JIT:
@@ -220,6 +232,23 @@ def _official(checkpoint: Checkpoint, recipe: Recipe, tensors: dict[str, Tensor]
         held = "a bare state dict"
         atomic_write(out, lambda path: torch.save(weights, path))
     return [f"{chosen.title}, {name} of {checkpoint.folder}: {len(weights)} tensors ({held})", f"written: {out}"]
+
+
+def _write_folder(out: Path, form: Format, weights: dict[str, Tensor], recipe: Recipe) -> list[str]:
+    """A folder of weights and settings; the names of the settings."""
+    assert form.settings is not None
+    settings = form.settings(recipe.model, recipe.denoiser)
+
+    def fill(folder: Path) -> None:
+        for name, content in settings.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+        (folder / form.file).parent.mkdir(parents=True, exist_ok=True)
+        contiguous = {name: value.contiguous() for name, value in weights.items()}
+        save_file(contiguous, folder / form.file, {"format": "pt"})
+
+    atomic_write(out, fill)
+    return list(settings)
 
 
 def _diffusers(recipe: Recipe, weights: dict[str, Tensor], out: Path, approximate: bool) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,10 +18,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from ditkit.conditioning import Conditioning
+from ditkit.conditioning import Conditioning, Known, Tokens
 from ditkit.config import lookup
 from ditkit.diffusion import (
     CFG,
@@ -46,7 +48,8 @@ from ditkit.diffusion import (
     integrate,
     row,
 )
-from ditkit.models import DiT, DiTConfig, JiT, JiTConfig
+from ditkit.interop import DRAX, FORMATS, read
+from ditkit.models import DiT, DiTConfig, DraxConfig, JiT, JiTConfig
 from ditkit.rng import Replay
 
 FOLDER = Path(os.environ.get("DITKIT_GOLDEN", Path(__file__).parents[1] / "golden"))
@@ -205,6 +208,51 @@ def check_jit(golden: Golden) -> None:
             assert_close(out, golden[key])
 
 
+def check_drax(golden: Golden) -> None:
+    """Every tensor under its official name, the rotations' buffer too; the loss is a mean over batch and tokens."""
+    said = golden.json("config")
+    names = {
+        "vocab_size": "vocab",
+        "n_heads": "num_heads",
+        "n_blocks": "depth",
+        "dropout": "drop",
+        "whisper_dim": "audio_dim",
+    }
+    options: dict[str, Any] = {names.get(str(key), str(key)): value for key, value in said.items()}
+    config = DraxConfig(**options)
+    weights = golden.under("weights/")
+    with tempfile.TemporaryDirectory() as name:
+        save_file(weights, Path(name) / "decoder.safetensors")
+        (Path(name) / "config.json").write_text(json.dumps({"model_type": "drax", "decoder_config": said}))
+        found = read(name, FORMATS)
+    assert found.format is DRAX
+    assert found.config == config
+    model = config.build()
+    model.load_state_dict(found.weights)
+    written = DRAX.write(model, model.state_dict())
+    assert written.keys() == weights.keys()
+    for name, value in written.items():
+        same = torch.equal if name != "rotary_emb.inv_freq" else torch.allclose
+        assert same(value, weights[name]), name
+
+    model.eval()
+    audio, mask = golden["forward/audio"], golden["forward/preserve_mask"].bool()
+    x, t = golden["forward/x"], golden["forward/t"]
+    heard = Tokens(audio, torch.ones(audio.shape[:2], dtype=torch.bool))
+    cond = Conditioning(audio=heard, known=Known(x, mask))
+    logits = model(x, t, cond)
+    one_pass(logits, golden["forward/logits"])
+    one_pass(model(golden["soft/x"], t, cond), golden["soft/logits"])
+    one_pass(model(x, t, model.prepare(cond, x.shape)), golden["forward/logits"])
+
+    loss = -torch.log_softmax(logits, dim=-1).gather(-1, golden["loss/x1"][..., None]).mean()
+    one_pass(loss, golden["loss/ce"])
+    loss.backward()
+    there = {pair.theirs[0]: pair.ours for pair in DRAX.pairs(model)}
+    for name, value in golden.under("loss/grad/").items():
+        one_pass(model.get_parameter(there[name]).grad, value)
+
+
 SIT_PATHS: dict[str, Any] = {"Linear": Linear(), "GVP": GVP(), "VP": VP()}
 SIT_PREDICTIONS = {"velocity": "-velocity", "score": "score", "noise": "eps"}
 # the squared error is taken in eps unless a weighting says otherwise: (sigma out + noise)^2 for the score
@@ -264,6 +312,7 @@ def check_sit_transport(golden: Golden) -> None:
 SYSTEMS = {
     "facebookresearch/DiT": check_dit,
     "LTH14/JiT": check_jit,
+    "aiola-lab/drax": check_drax,
     "willisma/SiT transport": check_sit_transport,
 }
 

@@ -14,9 +14,14 @@ __all__ = ["arguments", "run"]
 def arguments(parser: argparse.ArgumentParser) -> None:
     """What is not given follows from the file."""
     parser.add_argument(
-        "file", metavar="FILE", type=Path, help=".pt, .pth or .safetensors of DiT, SiT or JiT; a folder of diffusers"
+        "file",
+        metavar="FILE",
+        type=Path,
+        help=".pt, .pth or .safetensors of DiT, SiT, JiT or Drax; a folder of diffusers or Drax",
     )
-    parser.add_argument("--as", dest="name", metavar="FORMAT", help="dit, sit, jit, diffusers (default: recognised)")
+    parser.add_argument(
+        "--as", dest="name", metavar="FORMAT", help="dit, sit, jit, diffusers, drax (default: recognised)"
+    )
     parser.add_argument("--weights", metavar="NAME", help="which of the sets in the file (default: its average)")
     parser.add_argument("--out", type=Path, help="the run folder (default: runs/FILE)")
     parser.add_argument("--autoencoder", metavar="FOLDER_OR_NAME", help="an AutoencoderKL, for a model of latents")

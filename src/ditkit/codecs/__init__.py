@@ -4,6 +4,7 @@ from .autoencoder import Autoencoder
 from .characters import Characters
 from .codec import Codec
 from .pixels import Pixels
+from .token_ids import TokenIds
 from .vectors import Vectors
 
-__all__ = ["Autoencoder", "Characters", "Codec", "Pixels", "Vectors"]
+__all__ = ["Autoencoder", "Characters", "Codec", "Pixels", "TokenIds", "Vectors"]

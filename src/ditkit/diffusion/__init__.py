@@ -21,6 +21,7 @@ from .guidance import (
     guide,
 )
 from .keep import Kept, keep
+from .middle import DraxLoss
 from .objective import (
     P2,
     Cosmap,
@@ -97,6 +98,7 @@ __all__ = [
     "Denoiser",
     "Discrete",
     "Dopri5",
+    "DraxLoss",
     "DraxPath",
     "EDMStochasticHeun",
     "Euler",

@@ -240,7 +240,7 @@ class CrossEntropy:
     times: Any = Uniform()
 
     def check(self, denoiser: Any) -> None:
-        _require_tokens(denoiser)
+        require_tokens(denoiser)
 
     def learn(self, denoiser: Any, rng: Rng) -> CrossEntropy:
         return self
@@ -262,7 +262,7 @@ class GeneralisedKL:
     times: Any = Uniform()
 
     def check(self, denoiser: Any) -> None:
-        _require_tokens(denoiser)
+        require_tokens(denoiser)
 
     def learn(self, denoiser: Any, rng: Rng) -> GeneralisedKL:
         return self
@@ -275,7 +275,7 @@ class GeneralisedKL:
         return Loss({"generalised_kl": prediction.bound(x0).mean(1)}, prediction.t)
 
 
-def _require_tokens(denoiser: Any) -> None:
+def require_tokens(denoiser: Any) -> None:
     if not isinstance(denoiser, TokenDenoiser):
         raise DitkitError("this objective is for tokens, and what is diffused is continuous: use objective regression")
     if isinstance(denoiser.path, DraxPath):

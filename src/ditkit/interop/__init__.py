@@ -1,6 +1,7 @@
 """Published checkpoints: what they hold, as our models, and our models as they would have been published."""
 
 from .dit import DIFFUSERS, DIT, SIT, diffusers_settings
+from .drax import DRAX
 from .format import Format, Found, meta, read, size_name
 from .jit import JIT
 from .source import open_source, read_json
@@ -8,12 +9,13 @@ from .table import Rule
 from .transfer import Transfer, transfer
 from .zimage import Z_IMAGE, Z_IMAGE_COMFY, z_image_settings
 
-FORMATS = (DIT, SIT, JIT, DIFFUSERS, Z_IMAGE, Z_IMAGE_COMFY)
+FORMATS = (DIT, SIT, JIT, DIFFUSERS, DRAX, Z_IMAGE, Z_IMAGE_COMFY)
 """All that are known; of those that match a file the first is taken."""
 
 __all__ = [
     "DIFFUSERS",
     "DIT",
+    "DRAX",
     "FORMATS",
     "JIT",
     "SIT",

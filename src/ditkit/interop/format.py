@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..config import DitkitError, lookup, names, near
-from ..diffusion import Meaning
+from ..diffusion import Meaning, TokenMeaning
 from ..models import Model, ModelConfig
 from .source import Entries, Entry, Source, open_source
 from .table import Pair, Rule, pairs, read_table, their_shapes, write_table
@@ -34,6 +34,8 @@ class Format:
     groups that a file may hold, the best first, with their decays of averaging (0 = the weights themselves). prefix:
     what their names begin with. unread: names, with `*` for any end, of tensors that a file may hold beside and that
     the authors' network does not compute with. sampling, objective: the authors' own, for an imported run's recipe.
+    constants: tensors of theirs that follow from the configuration; where a file has them, they must agree. settings:
+    the JSON files of a folder, by their names in it, and file: where in it the weights are; none for a single file.
     """
 
     name: str
@@ -42,13 +44,16 @@ class Format:
     match: Callable[[Shapes], bool]
     rules: tuple[Rule, ...]
     config: Callable[[Source, Shapes, Mapping[str, Any]], ModelConfig]
-    denoiser: Callable[[Source, Any], Meaning]
-    refusal: Callable[[Any, Meaning], str | None]
+    denoiser: Callable[[Source, Any], Meaning | TokenMeaning]
+    refusal: Callable[[Any, Any], str | None]
     sampling: Callable[[Any], dict[str, Any]]
-    objective: Callable[[Any, Meaning], Any]
+    objective: Callable[[Any, Any], Any]
     weights: Mapping[str, float] = field(default_factory=dict)
     prefix: str = ""
     unread: tuple[str, ...] = ()
+    constants: Callable[[Any], Mapping[str, Tensor]] = lambda config: {}
+    settings: Callable[[Any, Any], dict[str, dict[str, Any]]] | None = None
+    file: str = ""
 
     def pairs(self, model: Model) -> list[Pair]:
         """The table of a model."""
@@ -56,7 +61,8 @@ class Format:
 
     def write(self, model: Model, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of a model under their names."""
-        return {self.prefix + name: value for name, value in write_table(self.pairs(model), tensors).items()}
+        written = {**write_table(self.pairs(model), tensors), **self.constants(model.config)}
+        return {self.prefix + name: value for name, value in written.items()}
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ class Found:
     format: Format
     group: str
     config: Any
-    denoiser: Meaning
+    denoiser: Any
     weights: Mapping[str, Tensor]
     source: Source
     alike: tuple[str, ...] = ()
@@ -108,9 +114,12 @@ def read(
     table = form.pairs(model)
     ours = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     wanted = their_shapes(table, ours)
+    constants = {name: value for name, value in form.constants(config).items() if name in entries}
+    wanted |= {name: tuple(value.shape) for name, value in constants.items()}
     _check(path, form, entries, wanted)
     numbers = source.read({name: entries[name] for name in wanted})
     _finite(path, numbers)
+    _constant(path, numbers, constants)
     try:
         tensors = read_table(table, numbers, ours)
     except DitkitError as error:
@@ -179,6 +188,12 @@ def _finite(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     bad = [name for name, value in tensors.items() if not bool(torch.isfinite(value.float()).all())]
     if bad:
         raise DitkitError(f"{path}: {_some(sorted(bad))} holds NaN or infinite numbers: the training had broken down")
+
+
+def _constant(path: str | Path, tensors: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> None:
+    for name, value in constants.items():
+        if not torch.allclose(tensors[name].float(), value.float(), rtol=1e-2, atol=0):  # bfloat16 keeps 8 bits
+            raise DitkitError(f"{path}: {name} is not what this model computes: it was trained with other constants")
 
 
 def meta(config: Any) -> Model:

@@ -168,7 +168,10 @@ def _weights(value: Any) -> bool:
 
 
 def _folder(path: Path) -> Source:
-    """A folder of diffusers: transformer/config.json with .safetensors, in shards or not, or with .bin beside it."""
+    """A folder of diffusers: transformer/config.json with .safetensors, in shards or not, or with .bin beside it; or
+    one of Drax: config.json with decoder.safetensors."""
+    if (path / "decoder.safetensors").is_file():
+        return Source(path, {"weights": _safetensors(path / "decoder.safetensors")}, _reader, folder=path)
     inner = path / "transformer" if (path / "transformer").is_dir() else path
     if not (inner / "config.json").is_file():
         if (path / "recipe.json").is_file() or (path / "state.json").is_file():

@@ -2,6 +2,7 @@
 
 from .ddit import DDiT, DDiTConfig
 from .dit import DiT, DiTConfig
+from .drax import Drax, DraxConfig
 from .jit import JiT, JiTConfig
 from .lightningdit import LightningDiT, LightningDiTConfig
 from .lora import LoRAConfig, adapters, base_weights, merged, unadapted
@@ -15,6 +16,8 @@ __all__ = [
     "DDiTConfig",
     "DiT",
     "DiTConfig",
+    "Drax",
+    "DraxConfig",
     "ImageConfig",
     "JiT",
     "JiTConfig",
