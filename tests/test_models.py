@@ -45,6 +45,8 @@ from ditkit.models import (
     MLPConfig,
     Model,
     ModelConfig,
+    ResNetConfig,
+    UNetConfig,
     ZImageConfig,
     create_model,
     list_models,
@@ -82,6 +84,24 @@ TINY: dict[str, Any] = {
         qk_norm=True,
     ),
 }  # fmt: skip
+"""Transformers, whose blocks are blocks.0, blocks.1, ... of one width."""
+CONVOLUTIONAL: dict[str, Any] = {
+    "unet": UNetConfig(
+        input_size=8, model_channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,),
+        num_head_channels=4, norm_groups=4, num_classes=5,
+    ),
+    "unet of the older parts": UNetConfig(
+        input_size=(8, 4), in_channels=2, model_channels=8, channel_mult=(1, 1.5, 2), num_res_blocks=2,
+        attention_resolutions=(1, 4), num_heads=2, num_head_channels=0, num_heads_upsample=4, norm_groups=4,
+        use_new_attention_order=True, use_scale_shift_norm=False, resblock_updown=False, num_classes=5,
+        learn_sigma=False,
+    ),
+    "resnet": ResNetConfig(input_size=8, channels=12, depth=3, groups=3, num_classes=5),
+    "resnet on patches": ResNetConfig(
+        input_size=(4, 8), in_channels=2, patch_size=2, channels=8, depth=2, groups=2, num_classes=5
+    ),
+}  # fmt: skip
+ALL = {**TINY, **CONVOLUTIONAL}
 
 
 def inputs(config: Any, b: int = 2, size: tuple[int, int] | None = None, seed: int = 1) -> Any:
@@ -95,18 +115,23 @@ def inputs(config: Any, b: int = 2, size: tuple[int, int] | None = None, seed: i
 
 
 def build(name: str, **changes: Any) -> tuple[Model, Any]:
-    config = dataclasses.replace(TINY[name], **changes)
+    config = dataclasses.replace(ALL[name], **changes)
     return randomise(config.build()), config
 
 
 @pytest.fixture(params=TINY)
+def transformer(request: pytest.FixtureRequest) -> tuple[Model, Any]:
+    return build(request.param)
+
+
+@pytest.fixture(params=ALL)
 def tiny(request: pytest.FixtureRequest) -> tuple[Model, Any]:
     return build(request.param)
 
 
 def test_every_family_has_a_tiny_one() -> None:
     """Of those on images with classes; the others are tested in files of their own and with the studies."""
-    assert {type(c) for c in TINY.values()} == {lookup("model", name) for name in names("model")} - {
+    assert {type(c) for c in ALL.values()} == {lookup("model", name) for name in names("model")} - {
         DDiTConfig,
         DraxConfig,
         LoRAConfig,
@@ -145,6 +170,16 @@ LIGHTNING = {
     "lightningdit_1p0b_1": ("1029", "179.15"), "lightningdit_b_2": ("131", "5.57"),
     "lightningdit_l_2": ("458", "19.70"), "lightningdit_xl_2": ("675", "29.05"),
 }  # fmt: skip
+# ADM table 11, that of the model without classes from its embedding, and the Gflops that DiT's section 5.1 says
+ADM = {
+    "adm_64": ("296", None), "adm_128": ("422", None), "adm_256": ("554", 1120), "adm_256_uncond": ("553", 1120),
+    "adm_512": ("559", 1983),
+}  # fmt: skip
+# counted here
+RESNET = {
+    "resnet_tiny": ("0.5196", "0.4566"), "resnet_s": ("4.00", "3.63"), "resnet_b": ("21.15", "19.34"),
+    "resnet_l": ("71.13", "65.26"),
+}  # fmt: skip
 # in the paper only: "2B", 383 and 384 Gflops
 PAPER = {"jit_g_16": 383, "jit_g_32": 384}
 
@@ -174,8 +209,9 @@ def test_every_name_is_in_a_table() -> None:
         "drax_tiny",
         "z_image",
         "z_image_tiny",
-    }  # test_ddit.py, test_drax.py, test_single_stream.py
-    assert set(list_models()) == {*DIT, *sit, *WAYS, *JIT, *PAPER, *LIGHTNING, *elsewhere}
+        "unet_tiny",
+    }  # test_ddit.py, test_drax.py, test_single_stream.py, test_unet.py
+    assert set(list_models()) == {*DIT, *sit, *WAYS, *JIT, *PAPER, *LIGHTNING, *ADM, *RESNET, *elsewhere}
     assert all(model_config(name) == model_config(same) for name, same in sit.items())  # one network, two processes
 
 
@@ -244,6 +280,21 @@ def test_lightningdit_has_the_size_of_the_dit_of_its_name(name: str) -> None:
     assert as_printed(own_gmacs(name), macs) == macs
 
 
+@pytest.mark.parametrize("name", ADM)
+def test_adm_has_the_published_size_and_cost(name: str) -> None:
+    parameters, gflops = ADM[name]
+    assert as_printed(counts(name)[0] / 1e6, parameters) == parameters
+    if gflops is not None:
+        assert own_gmacs(name) == pytest.approx(gflops, abs=1)
+
+
+@pytest.mark.parametrize("name", RESNET)
+def test_resnet_has_the_size_and_cost_of_its_page(name: str) -> None:
+    parameters, macs = RESNET[name]
+    assert as_printed(counts(name)[0] / 1e6, parameters) == parameters
+    assert as_printed(own_gmacs(name), macs) == macs
+
+
 def test_lightningdit_has_the_published_keys() -> None:
     with torch.device("meta"):
         keys = set(create_model("lightningdit_xl_1").state_dict())
@@ -308,7 +359,7 @@ def test_swiglu_is_two_thirds_as_wide_and_not_rounded() -> None:
 @pytest.mark.parametrize("tiles", [(1, 1), (2, 3), (5, 1), (4, 4)])
 def test_the_output_has_the_shape_of_x(tiny: tuple[Model, Any], tiles: tuple[int, int], b: int) -> None:
     model, config = tiny
-    size = (tiles[0] * config.patch_size, tiles[1] * config.patch_size)
+    size = (tiles[0] * config.tile, tiles[1] * config.tile)
     out = model(*inputs(config, b, size))
     channels = config.in_channels * (2 if getattr(config, "learn_sigma", False) else 1)
     assert out.shape == (b, channels, *size)
@@ -353,7 +404,7 @@ def test_every_input_matters_everywhere(tiny: tuple[Model, Any]) -> None:
 
 def test_positions_tell_equal_patches_apart(tiny: tuple[Model, Any]) -> None:
     model, config = tiny
-    p = config.patch_size
+    p = config.tile
     x, t, cond = inputs(config, 1, (2 * p, 3 * p))
     x = x[:, :, :p, :p].repeat(1, 1, 2, 3)
     out = model(x, t, cond).unfold(2, p, p).unfold(3, p, p).flatten(2, 3)
@@ -482,14 +533,14 @@ def test_the_norm_works_in_float32_and_casts_back_after_its_weight() -> None:
 # seeds, memory and files
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", ALL)
 def test_the_same_seed_builds_the_same_model_and_leaves_the_global_generator_alone(name: str) -> None:
     torch.manual_seed(123)
     before = torch.get_rng_state()
-    one = TINY[name].build(seed=7).state_dict()
+    one = ALL[name].build(seed=7).state_dict()
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(5)
-    same, other = TINY[name].build(seed=7).state_dict(), TINY[name].build(seed=8).state_dict()
+    same, other = ALL[name].build(seed=7).state_dict(), ALL[name].build(seed=8).state_dict()
     assert one.keys() == same.keys() == other.keys()
     assert all(torch.equal(one[k], same[k]) for k in one)
     drawn = [k for k in one if k != "pos_embed" and one[k].unique().numel() > 1]
@@ -500,7 +551,7 @@ def test_the_same_seed_builds_the_same_model_and_leaves_the_global_generator_alo
     assert len(drawn) > 8
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", ALL)
 def test_no_weight_is_memory_that_nobody_wrote(name: str) -> None:
     """Fill what `empty` gives with NaN; then with another number: the weights do not change."""
     real, filled = nn.Module.to_empty, []
@@ -516,7 +567,7 @@ def test_no_weight_is_memory_that_nobody_wrote(name: str) -> None:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(nn.Module, "to_empty", to_empty)
-            return TINY[name].build(seed=1).state_dict()
+            return ALL[name].build(seed=1).state_dict()
 
     one, two = build_over(float("nan")), build_over(3.0)
     assert filled
@@ -597,7 +648,7 @@ def test_on_meta_a_model_takes_no_memory_and_can_be_given_some() -> None:
 @pytest.mark.parametrize("size", [None, (2, 3)])
 def test_prepared_work_changes_nothing(tiny: tuple[Model, Any], size: tuple[int, int] | None) -> None:
     model, config = tiny
-    pixels = None if size is None else (size[0] * config.patch_size, size[1] * config.patch_size)
+    pixels = None if size is None else (size[0] * config.tile, size[1] * config.tile)
     x, t, cond = inputs(config, 3, pixels)
     ready = model.prepare(cond, x.shape, (1.0, 0.5))
     assert ready.static
@@ -642,8 +693,8 @@ def test_the_identity_edit_is_bit_equal(tiny: tuple[Model, Any]) -> None:
     assert torch.equal(model(*given, edit=lambda site, block, x, *args: block(x, *args)), model(*given))
 
 
-def test_sites_are_the_blocks_names_in_order(tiny: tuple[Model, Any]) -> None:
-    model, config = tiny
+def test_sites_are_the_blocks_names_in_order(transformer: tuple[Model, Any]) -> None:
+    model, config = transformer
     visited: list[tuple[str, nn.Module]] = []
 
     def watch(site: str, block: nn.Module, x: Tensor, *args: Any) -> Tensor:
@@ -658,8 +709,8 @@ def test_sites_are_the_blocks_names_in_order(tiny: tuple[Model, Any]) -> None:
     assert {site.split(".")[0] for site, _ in visited} == set(model.plan.shard)
 
 
-def test_an_edit_can_skip_a_block(tiny: tuple[Model, Any]) -> None:
-    model, config = tiny
+def test_an_edit_can_skip_a_block(transformer: tuple[Model, Any]) -> None:
+    model, config = transformer
     given = inputs(config)
     out = model(*given, edit=lambda site, block, x, *args: x if site == "blocks.1" else block(x, *args))
     without = copy.deepcopy(model)
@@ -671,8 +722,8 @@ def test_an_edit_can_skip_a_block(tiny: tuple[Model, Any]) -> None:
     assert not torch.equal(out, model(*given))
 
 
-def test_an_edit_can_read_and_change_features(tiny: tuple[Model, Any]) -> None:
-    model, config = tiny
+def test_an_edit_can_read_and_change_features(transformer: tuple[Model, Any]) -> None:
+    model, config = transformer
     given, taps = inputs(config), {}
 
     def tap(site: str, block: nn.Module, x: Tensor, *args: Any) -> Tensor:
@@ -696,9 +747,11 @@ def test_an_edit_can_read_and_change_features(tiny: tuple[Model, Any]) -> None:
     assert not torch.allclose(doubled, out)
 
 
-def test_attention_can_be_the_identity_in_some_rows(tiny: tuple[Model, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_can_be_the_identity_in_some_rows(
+    transformer: tuple[Model, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As if every token of these rows were masked from all but itself; the other rows do not change by a bit."""
-    model, config = tiny
+    model, config = transformer
     given, rows = inputs(config, 3), torch.tensor([True, False, True])
 
     def identity(site: str, block: nn.Module, x: Tensor, *args: Any) -> Tensor:
@@ -752,7 +805,7 @@ def test_labels_must_be_given_where_there_are_classes(tiny: tuple[Model, Any]) -
 @pytest.mark.parametrize("size", [None, (2, 3)])
 def test_a_pure_bf16_model_runs_at_any_size(tiny: tuple[Model, Any], size: tuple[int, int] | None) -> None:
     model, config = tiny
-    pixels = None if size is None else (size[0] * config.patch_size, size[1] * config.patch_size)
+    pixels = None if size is None else (size[0] * config.tile, size[1] * config.tile)
     x, t, cond = inputs(config, 2, pixels)
     exact = model(x, t, cond)
     low = copy.deepcopy(model).bfloat16()
@@ -766,7 +819,7 @@ def test_a_pure_bf16_model_runs_at_any_size(tiny: tuple[Model, Any], size: tuple
 @pytest.mark.parametrize("size", [None, (2, 3)])
 def test_autocast_runs_forward_and_backward(tiny: tuple[Model, Any], size: tuple[int, int] | None) -> None:
     model, config = tiny
-    pixels = None if size is None else (size[0] * config.patch_size, size[1] * config.patch_size)
+    pixels = None if size is None else (size[0] * config.tile, size[1] * config.tile)
     x, t, cond = inputs(config, 2, pixels)
     exact = model(x, t, cond)
     with torch.autocast("cpu", torch.bfloat16):
@@ -836,10 +889,10 @@ def test_errors_say_which_option_to_change(tiny: tuple[Model, Any]) -> None:
         model(torch.cat((x, x), dim=1), t, cond)
     with pytest.raises(ValueError, match="change in_channels"):
         model(x[0], t, cond)
-    if config.patch_size == 1:  # which tile everything
+    if config.tile == 1:  # which tile everything
         return
-    for wrong in (x[..., :-1], x[..., :-1, :], x[..., : config.patch_size - 1]):
-        with pytest.raises(ValueError, match="do not tile: change patch_size or the size of x"):
+    for wrong in (x[..., :-1], x[..., :-1, :], x[..., : config.tile - 1]):
+        with pytest.raises(ValueError, match=r"do not tile: change (patch_size|channel_mult) or the size of x"):
             model(wrong, t, cond)
 
 
@@ -904,7 +957,7 @@ def test_every_named_model_runs_on_its_own_input(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", ALL)
 def test_a_compiled_block_equals_the_plain_one(name: str) -> None:
     model, config = build(name)
     given = inputs(config)

@@ -21,8 +21,21 @@ from .conditioning import Conditioning
 from .config import DitkitError, to_json
 from .data import Elsewhere
 from .diffusion import Linear, Meaning
-from .interop import DIFFUSERS, FORMATS, JIT, SIT, Format, Found, diffusers_settings, meta, read, read_json, size_name
-from .models import Model, unadapted
+from .interop import (
+    ADM,
+    DIFFUSERS,
+    FORMATS,
+    JIT,
+    SIT,
+    Format,
+    Found,
+    diffusers_settings,
+    meta,
+    read,
+    read_json,
+    size_name,
+)
+from .models import Model, UNetConfig, unadapted
 from .recipe import Recipe, Sample, Train
 from .runs import Checkpoint, Run, atomic_write, find_run
 
@@ -80,18 +93,17 @@ def _said(found: Found, codec: Any) -> list[str]:
     size = size_name(config, family) or "no published size"
     count = sum(value.numel() for value in found.weights.values())
     average = f"an average of decay {found.decay}" if found.decay else "taken as the weights themselves"
-    network = f"depth {config.depth}, width {config.hidden_size}, {config.num_heads} heads"
     if config.vocab:
         takes = f"input {config.length} tokens of {config.vocab} kinds"
         means = f"means tokens on {meaning.path}, clock {meaning.clock}"
     else:
-        network += f", patches of {config.patch_size}"
         kind = "pixels" if isinstance(codec, Pixels) else f"latents of {codec.path}"
         number = getattr(config, "num_classes", 0)
         takes = f"input {' x '.join(map(str, config.shape))} ({kind}), {number or 'no'} classes"
         means = f"means {meaning.prediction} on {meaning.path}, clock {meaning.clock}, t_eps {meaning.t_eps:g}"
+    network = f"{count / 1e6:.1f}M parameters in {len(found.weights)} tensors, {_described(config)}"
     lines = [
-        f"{found.format.title}: {size}, {count / 1e6:.1f}M parameters in {len(found.weights)} tensors, {network}",
+        f"{found.format.title}: {size}, {network}",
         takes,
         f"weights {found.group!r}: {average}",
         means,
@@ -107,16 +119,25 @@ def _said(found: Found, codec: Any) -> list[str]:
     return lines
 
 
+def _described(config: Any) -> str:
+    """The sizes of a network."""
+    if isinstance(config, UNetConfig):
+        widths = ", ".join(str(config.width(level)) for level in range(len(config.channel_mult)))
+        return f"levels of {widths} channels with {config.num_res_blocks} residual blocks each"
+    said = f"depth {config.depth}, width {config.hidden_size}, {config.num_heads} heads"
+    return said if config.vocab else f"{said}, patches of {config.patch_size}"
+
+
 def _codec(found: Found, autoencoder: str | None) -> Any:
-    """Pixels for JiT, the numbers of tokens where it is made of them; otherwise the autoencoder that is given, that
-    lies in the folder, or Stable Diffusion's."""
+    """Pixels for JiT and ADM, the numbers of tokens where it is made of them; otherwise the autoencoder that is given,
+    that lies in the folder, or Stable Diffusion's."""
     if found.config.vocab:
         if autoencoder is not None:
             raise DitkitError(f"a {found.format.name} works on tokens: leave out --autoencoder")
         return TokenIds(found.config.vocab)
-    if found.format is JIT:
+    if found.format in (JIT, ADM):
         if autoencoder is not None:
-            raise DitkitError("a JiT works on pixels: leave out --autoencoder")
+            raise DitkitError(f"{found.format.title} works on pixels: leave out --autoencoder")
         return Pixels()
     codec = Autoencoder(channels=found.config.in_channels)
     inside = None if found.source.folder is None else found.source.folder / "vae"
@@ -171,7 +192,7 @@ def export_run(
 ) -> list[str]:
     """Write the weights of a run, or of a checkpoint, as published ones; lines that say what was written.
 
-    form: "official" (DiT, SiT, JiT: .pt, .pth or .safetensors; Drax: a folder) or "diffusers" (that of a DiTPipeline).
+    form: "official" (DiT, SiT, JiT, ADM: .pt, .pth or .safetensors; Drax: a folder) or "diffusers" (a DiTPipeline's).
     ema, ema_std: as in `load`. approximate: write a DiT with the release's time frequencies for diffusers, which
     computes others. Raises DitkitError for what the layout cannot express, and for an `out` that exists.
     """
@@ -358,7 +379,7 @@ def begin_from(path: str | Path, recipe: Recipe) -> Start:
         weights, name = checkpoint.chosen(before)
         config, weights = unadapted(before.model, weights)
         return Start(f"{name} of {checkpoint.folder}", config, before.denoiser, weights)
-    asked = ("num_heads", "in_context_start")
+    asked = ("num_heads", "in_context_start", "num_head_channels", "use_new_attention_order")
     options = {key: getattr(recipe.model, key) for key in asked if hasattr(recipe.model, key)}
     found = read(path, FORMATS, options=options)
     return Start(f"{found.group} of {path} ({found.format.title})", found.config, found.denoiser, found.weights)

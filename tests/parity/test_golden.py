@@ -48,7 +48,7 @@ from ditkit.diffusion import (
     integrate,
     row,
 )
-from ditkit.interop import DRAX, FORMATS, read
+from ditkit.interop import DRAX, FORMATS, read, unet_config
 from ditkit.models import DiT, DiTConfig, DraxConfig, JiT, JiTConfig
 from ditkit.rng import Replay
 
@@ -309,11 +309,20 @@ def check_sit_transport(golden: Golden) -> None:
             many_steps(out, golden[f"{key}/sde_euler_{form}"])
 
 
+def check_adm(golden: Golden) -> None:
+    config = unet_config(golden.json("config"))
+    model = config.build().eval()
+    model.load_state_dict(golden.under("weights/"))
+    label = golden["y"] if "y" in golden.tensors else None
+    one_pass(model(golden["x"], golden["t"], Conditioning(label=label)), golden["out"])
+
+
 SYSTEMS = {
     "facebookresearch/DiT": check_dit,
     "LTH14/JiT": check_jit,
     "aiola-lab/drax": check_drax,
     "willisma/SiT transport": check_sit_transport,
+    "openai/guided-diffusion UNetModel": check_adm,
 }
 
 

@@ -10,6 +10,9 @@ from ..config import DitkitError
 
 __all__ = ["arguments", "run"]
 
+OPTIONS = ("num_heads", "in_context_start", "num_head_channels", "use_new_attention_order", "null_label")
+"""What shapes may not tell."""
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """What is not given follows from the file."""
@@ -17,16 +20,24 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "file",
         metavar="FILE",
         type=Path,
-        help=".pt, .pth or .safetensors of DiT, SiT, JiT or Drax; a folder of diffusers or Drax",
+        help=".pt, .pth or .safetensors of DiT, SiT, JiT, ADM or Drax; a folder of diffusers or Drax",
     )
     parser.add_argument(
-        "--as", dest="name", metavar="FORMAT", help="dit, sit, jit, diffusers, drax (default: recognised)"
+        "--as", dest="name", metavar="FORMAT", help="dit, sit, jit, adm, diffusers, drax (default: recognised)"
     )
     parser.add_argument("--weights", metavar="NAME", help="which of the sets in the file (default: its average)")
     parser.add_argument("--out", type=Path, help="the run folder (default: runs/FILE)")
     parser.add_argument("--autoencoder", metavar="FOLDER_OR_NAME", help="an AutoencoderKL, for a model of latents")
     parser.add_argument("--model.num-heads", dest="num_heads", type=int, help="where the size is not a published one")
     parser.add_argument("--model.in-context-start", dest="in_context_start", type=int, help="the same, for JiT")
+    heads = "the same, for a U-Net that says so instead"
+    parser.add_argument("--model.num-head-channels", dest="num_head_channels", type=int, help=heads)
+    order = "whether a U-Net, not of a published size, divides q, k and v into heads and not heads into q, k and v"
+    parser.add_argument(
+        "--model.use-new-attention-order", dest="use_new_attention_order", action="store_true", default=None, help=order
+    )
+    null = "whether the last label of a U-Net is the null label"
+    parser.add_argument("--model.null-label", dest="null_label", action="store_true", default=None, help=null)
     parser.add_argument(
         "--model.input-size", dest="input_size", type=int, nargs="+", help="where the input is not square: ROWS COLUMNS"
     )
@@ -38,7 +49,7 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
         raise DitkitError(f"--model.input-size is one side, or ROWS COLUMNS, not {size}")
     from ..exchange import import_file
 
-    said = {"num_heads": args.num_heads, "in_context_start": args.in_context_start}
+    said = {name: getattr(args, name) for name in OPTIONS}
     said["input_size"] = None if size is None else size[0] if len(size) == 1 else tuple(size)
     run, lines = import_file(
         args.file,

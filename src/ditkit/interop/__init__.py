@@ -1,5 +1,6 @@
 """Published checkpoints: what they hold, as our models, and our models as they would have been published."""
 
+from .adm import ADM, unet_config
 from .dit import DIFFUSERS, DIT, SIT, diffusers_settings
 from .drax import DRAX
 from .format import Format, Found, meta, read, size_name
@@ -9,10 +10,11 @@ from .table import Rule
 from .transfer import Transfer, transfer
 from .zimage import Z_IMAGE, Z_IMAGE_COMFY, z_image_settings
 
-FORMATS = (DIT, SIT, JIT, DIFFUSERS, DRAX, Z_IMAGE, Z_IMAGE_COMFY)
+FORMATS = (DIT, SIT, JIT, ADM, DIFFUSERS, DRAX, Z_IMAGE, Z_IMAGE_COMFY)
 """All that are known; of those that match a file the first is taken."""
 
 __all__ = [
+    "ADM",
     "DIFFUSERS",
     "DIT",
     "DRAX",
@@ -32,5 +34,6 @@ __all__ = [
     "read_json",
     "size_name",
     "transfer",
+    "unet_config",
     "z_image_settings",
 ]

@@ -220,7 +220,7 @@ def block_count(shapes: Shapes, stem: str) -> int:
     return len(numbers)
 
 
-def published(kind: type, **sizes: int) -> Any | None:
+def published(kind: type, **sizes: Any) -> Any | None:
     """A published configuration of these sizes, None if there is none."""
     return next((config for _, config in _published(kind) if _agrees(config, sizes)), None)
 
@@ -233,7 +233,10 @@ def _agrees(config: Any, values: Mapping[str, Any]) -> bool:
     return all(getattr(config, key) == value for key, value in values.items())
 
 
-_SIZE = ("depth", "hidden_size", "num_heads", "patch_size", "conditioning", "bottleneck_dim", "in_context_start")
+_SIZE = (
+    "depth", "hidden_size", "num_heads", "patch_size", "conditioning", "bottleneck_dim", "in_context_start",
+    "model_channels", "channel_mult", "num_res_blocks", "attention_resolutions",
+)  # fmt: skip
 
 
 def size_name(config: Any, family: str = "") -> str | None:

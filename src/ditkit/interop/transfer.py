@@ -20,6 +20,7 @@ __all__ = ["Change", "Transfer", "patch_matrix", "transfer"]
 # fields in which two models may differ, as the tensors that depend on them are resized or begun anew
 _MAY_DIFFER = {
     "input_size", "patch_size", "in_channels", "num_classes", "learn_sigma", "attn_drop", "proj_drop", "in_context_len",
+    "dropout", "null_label",
 }  # fmt: skip
 
 
@@ -107,10 +108,8 @@ def _check(config: Any, target: Any) -> None:
 def _fit(name: str, given: Tensor, own: Tensor, config: Any, model: Model) -> tuple[Tensor | None, str]:
     """The tensor for `own`, and what was done: nothing said = taken as it is; no tensor = begun anew."""
     target = model.config
-    if name == "y_embedder.embedding_table.weight" and given.shape != own.shape:
-        made = own.clone()
-        made[-1] = given[-1]
-        return made, f"{target.num_classes} classes begin anew, the null label is kept"
+    if name in ("y_embedder.embedding_table.weight", "label_emb.weight") and given.shape != own.shape:
+        return _labels(given, own, config, target)
     if isinstance(config, ImageConfig):
         found = _fit_patches(name, given, own, config, target)
         if found is not None:
@@ -118,6 +117,22 @@ def _fit(name: str, given: Tensor, own: Tensor, config: Any, model: Model) -> tu
     if given.shape != own.shape:
         raise DitkitError(f"{name} is {list(given.shape)}, and the recipe's model needs {list(own.shape)}")
     return given, ""
+
+
+def _labels(given: Tensor, own: Tensor, config: Any, target: Any) -> tuple[Tensor | None, str]:
+    """The table of other classes, or of the same ones with a null label or without."""
+    had, has = (getattr(c, "null_label", True) for c in (config, target))
+    classes = target.num_classes
+    if config.num_classes == classes:
+        null = given[:classes].mean(0, keepdim=True)
+        return torch.cat((given[:classes], null))[: len(own)], (
+            "the null label begins as the mean of all classes" if has else "without the null label"
+        )
+    if not (had and has):
+        return None, f"{classes} classes begin anew"
+    made = own.clone()
+    made[-1] = given[-1]
+    return made, f"{classes} classes begin anew, the null label is kept"
 
 
 def _fit_patches(name: str, given: Tensor, own: Tensor, config: Any, target: Any) -> tuple[Tensor | None, str] | None:

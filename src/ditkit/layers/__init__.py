@@ -12,8 +12,9 @@ from .blocks import (
     SandwichBlock,
     visit,
 )
-from .embeddings import LabelEmbedder, TimestepEmbedder, TokenEmbedder, positions_2d, sincos_2d, sinusoid
-from .init import init_adaln_zero
+from .convolution import AttentionBlock, Downsample, GroupNorm, ResBlock, Upsample
+from .embeddings import LabelEmbedder, TimestepEmbedder, TokenEmbedder, check_label, positions_2d, sincos_2d, sinusoid
+from .init import init_adaln_zero, init_convolutional
 from .mlp import Activation, Mlp, SwiGLU
 from .modulation import adaln, modulate, over_tokens
 from .norms import RMSNorm, layer_norm
@@ -27,13 +28,16 @@ __all__ = [
     "AdaLNZeroBlock",
     "Arrangement",
     "Attention",
+    "AttentionBlock",
     "Blocks",
     "BottleneckPatchEmbed",
     "CrossAttention",
     "CrossBlock",
+    "Downsample",
     "Edit",
     "FinalLayer",
     "GatedCrossBlock",
+    "GroupNorm",
     "LabelEmbedder",
     "Mask",
     "Mlp",
@@ -45,20 +49,24 @@ __all__ = [
     "PlainBlock",
     "QKNorm",
     "RMSNorm",
+    "ResBlock",
     "Rule",
     "SandwichBlock",
     "SlidingTiles",
     "SwiGLU",
     "TimestepEmbedder",
     "TokenEmbedder",
+    "Upsample",
     "adaln",
     "arrange",
     "attend",
     "axial_angles",
     "check_heads_2d",
     "check_heads_even",
+    "check_label",
     "grid_angles",
     "init_adaln_zero",
+    "init_convolutional",
     "layer_norm",
     "modulate",
     "over_tokens",

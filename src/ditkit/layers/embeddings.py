@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-__all__ = ["LabelEmbedder", "TimestepEmbedder", "TokenEmbedder", "positions_2d", "sincos_2d", "sinusoid"]
+__all__ = ["LabelEmbedder", "TimestepEmbedder", "TokenEmbedder", "check_label", "positions_2d", "sincos_2d", "sinusoid"]
 
 
 def sinusoid(t: Float[Tensor, "b"], dim: int, shift: int = 0) -> Float[Tensor, "b dim"]:
@@ -36,6 +36,13 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(sinusoid(t, self.frequencies, self.shift).to(next(self.mlp.parameters()).dtype))
 
 
+def check_label(label: Int[Tensor, "b"] | None, classes: int) -> None:
+    """Raises ValueError if labels are missing or not wanted."""
+    if (label is None) != (classes == 0):
+        given = "no label was given" if label is None else "a label was given"
+        raise ValueError(f"the model has num_classes={classes} and {given}")
+
+
 class LabelEmbedder(nn.Module):
     """A table of `classes` + 1 vectors; the last one, with index `classes`, is the null label."""
 
@@ -46,9 +53,7 @@ class LabelEmbedder(nn.Module):
 
     def forward(self, label: Int[Tensor, "b"] | None, batch: int) -> Float[Tensor, "b d"]:
         """Without classes every sample gets the null vector. Raises ValueError if labels are missing or not wanted."""
-        if (label is None) != (self.classes == 0):
-            given = "no label was given" if label is None else "a label was given"
-            raise ValueError(f"the model has num_classes={self.classes} and {given}")
+        check_label(label, self.classes)
         if label is None:
             return self.embedding_table.weight.expand(batch, -1)
         return self.embedding_table(label)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torch import Generator, nn
 
 from .blocks import AdaLNZeroBlock, FinalLayer, GatedCrossBlock, SandwichBlock
+from .convolution import AttentionBlock, ResBlock
 from .embeddings import LabelEmbedder, TimestepEmbedder
 from .norms import RMSNorm
 
-__all__ = ["init_adaln_zero"]
+__all__ = ["init_adaln_zero", "init_convolutional"]
 
 _FROM_ZERO = (AdaLNZeroBlock, GatedCrossBlock, SandwichBlock, FinalLayer)
 """Modules whose modulation starts at 0."""
@@ -42,3 +43,26 @@ def init_adaln_zero(model: nn.Module, generator: Callable[[str], Generator]) -> 
             nn.init.zeros_(module.adaLN_modulation[-1].weight)  # type: ignore[arg-type]
         if isinstance(module, FinalLayer):
             nn.init.zeros_(module.linear.weight)
+
+
+def init_convolutional(model: nn.Module, generator: Callable[[str], Generator], zero: Iterable[nn.Module] = ()) -> None:
+    """The initial weights of ADM: torch's own law, and 0 for the last layer of each block, which so starts as its skip.
+
+    Weights and biases of convolutions and Linears are uniform within 1 / sqrt(inputs), norms 1 and 0, label tables
+    N(0, 1). zero: further layers that start as 0. `generator` gives a private generator for a name.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
+            bound = module.weight[0].numel() ** -0.5
+            for key, weight in module.named_parameters():
+                nn.init.uniform_(weight, -bound, bound, generator=generator(f"{name}.{key}"))
+        elif isinstance(module, nn.GroupNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, generator=generator(f"{name}.weight"))
+    last = [module.out_layers[-1] for module in model.modules() if isinstance(module, ResBlock)]
+    last += [module.proj_out for module in model.modules() if isinstance(module, AttentionBlock)]
+    for module in (*last, *zero):
+        for weight in module.parameters():
+            nn.init.zeros_(weight)

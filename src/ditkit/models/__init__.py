@@ -8,6 +8,8 @@ from .lightningdit import LightningDiT, LightningDiTConfig
 from .lora import LoRAConfig, adapters, base_weights, merged, unadapted
 from .mlp import MLP, MLPConfig
 from .registry import ImageConfig, Model, ModelConfig, Plan, TokenConfig, create_model, list_models, model_config
+from .resnet import ResNet, ResNetConfig
+from .unet import UNet, UNetConfig
 from .zimage import ZImage, ZImageConfig
 
 __all__ = [
@@ -28,7 +30,11 @@ __all__ = [
     "Model",
     "ModelConfig",
     "Plan",
+    "ResNet",
+    "ResNetConfig",
     "TokenConfig",
+    "UNet",
+    "UNetConfig",
     "ZImage",
     "ZImageConfig",
     "adapters",

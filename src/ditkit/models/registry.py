@@ -21,6 +21,7 @@ __all__ = [
     "Model",
     "ModelConfig",
     "Plan",
+    "TiledConfig",
     "TokenConfig",
     "at_least_one",
     "create_model",
@@ -95,15 +96,24 @@ def _label(config: Any, batch: int) -> Conditioning:
     return Conditioning(label=torch.zeros(batch, dtype=torch.long) if getattr(config, "num_classes", 0) else None)
 
 
-class ImageConfig:
-    """What the configurations of models on patches of images share: how they are fitted to an x [c h w].
+class TiledConfig:
+    """What the configurations of models of images [c h w] share, whose sides are multiples of `tile`.
 
     A model that is given text has no field num_classes: its conditioner turns classes into text.
     """
 
     input_size: int | tuple[int, int]
-    patch_size: int
     in_channels: int
+
+    @property
+    def tile(self) -> int:
+        """The side of the squares that must tile an image."""
+        raise NotImplementedError
+
+    @property
+    def tiled_by(self) -> str:
+        """These squares in words, and the option to change, for a message."""
+        raise NotImplementedError
 
     @property
     def vocab(self) -> int:
@@ -116,6 +126,41 @@ class ImageConfig:
         size = self.input_size
         return self.in_channels, *((size, size) if isinstance(size, int) else size)
 
+    def example(self, batch: int) -> Conditioning:
+        """A label for each sample, if there are classes."""
+        return _label(self, batch)
+
+    def fitted(self, shape: tuple[int, ...], classes: int, vocab: int) -> Self:
+        """With this size and so many channels and classes. Raises DitkitError if the image is not tiled."""
+        if vocab or len(shape) != 3:
+            what = "tokens" if vocab else f"of shape {list(shape)}"
+            raise DitkitError(
+                f"the model is for images [c h w], and what is diffused is {what}: choose another --model"
+            )
+        channels, height, width = shape
+        if min(height, width) < 1 or height % self.tile or width % self.tile:
+            raise DitkitError(f"images of {height} x {width} are not tiled by {self.tiled_by} or the resolution")
+        size = height if height == width else (height, width)
+        changes: dict[str, Any] = {"in_channels": channels, "input_size": size}
+        if "num_classes" in (f.name for f in dataclasses.fields(self)):  # type: ignore[arg-type]
+            changes["num_classes"] = classes
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+
+class ImageConfig(TiledConfig):
+    """What the configurations of models on patches of images share."""
+
+    patch_size: int
+
+    @property
+    def tile(self) -> int:
+        """The side of a patch."""
+        return self.patch_size
+
+    @property
+    def tiled_by(self) -> str:
+        return f"patches of {self.patch_size}: change the patch size (--model.patch-size)"
+
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
@@ -127,29 +172,6 @@ class ImageConfig:
         """The number of patches."""
         rows, columns = self.grid
         return rows * columns
-
-    def example(self, batch: int) -> Conditioning:
-        """A label for each sample, if there are classes."""
-        return _label(self, batch)
-
-    def fitted(self, shape: tuple[int, ...], classes: int, vocab: int) -> Self:
-        """With this size and so many channels and classes. Raises DitkitError if patches do not tile the image."""
-        if vocab or len(shape) != 3:
-            what = "tokens" if vocab else f"of shape {list(shape)}"
-            raise DitkitError(
-                f"the model is for images [c h w], and what is diffused is {what}: choose another --model"
-            )
-        channels, height, width = shape
-        if min(height, width) < 1 or height % self.patch_size or width % self.patch_size:
-            raise DitkitError(
-                f"images of {height} x {width} are not tiled by patches of {self.patch_size}: "
-                "change the patch size (--model.patch-size) or the resolution"
-            )
-        size = height if height == width else (height, width)
-        changes: dict[str, Any] = {"in_channels": channels, "input_size": size}
-        if "num_classes" in (f.name for f in dataclasses.fields(self)):  # type: ignore[arg-type]
-            changes["num_classes"] = classes
-        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
 
 class TokenConfig:

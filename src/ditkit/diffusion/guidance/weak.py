@@ -95,3 +95,5 @@ def _check_blocks(guide: Guide, denoiser: Denoiser, blocks: Sequence[str], atten
             raise DitkitError(f"the guide {name}: {type(model).__name__} has no block {block!r}: {near(block, known)}")
         if attention and "identity" not in inspect.signature(known[block].forward).parameters:
             raise DitkitError(f"the guide {name}: the attention of {block!r} cannot be the identity: use skip_layer")
+        if not attention and not getattr(known[block], "keeps_shape", True):
+            raise DitkitError(f"the guide {name}: {block!r} changes the shape of x and cannot be left out")
