@@ -8,6 +8,8 @@ import json
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -27,7 +29,7 @@ from torch._utils import _rebuild_tensor_v2
 from ditkit.config import DitkitError
 from ditkit.diffusion import DDPM, Linear, Meaning
 from ditkit.exchange import export_run, import_file
-from ditkit.interop import DIFFUSERS, DIT, FORMATS, JIT, SIT, Found, meta, read, size_name
+from ditkit.interop import DIFFUSERS, DIT, FORMATS, JIT, SIT, Found, diffusers_settings, meta, read, size_name
 from ditkit.interop.source import Source
 from ditkit.models import DiTConfig, JiTConfig, create_model, model_config
 from ditkit.pipeline import load
@@ -207,13 +209,47 @@ def test_a_shared_size_takes_the_name_of_its_family() -> None:
     assert size_name(DIT_TINY) is None
 
 
-def test_half_precision_comes_in_float32_with_the_same_numbers(tmp_path: Path) -> None:
-    for dtype in (torch.float16, torch.bfloat16, torch.float64):
-        given = {key: value.to(dtype) for key, value in state(DIT_TINY).items()}
-        torch.save(given, tmp_path / "dit.pt")
-        found = read(tmp_path / "dit.pt", FORMATS, options=HEADS).weights
-        assert all(value.dtype == torch.float32 for value in found.values())
-        assert same(found, {key: value.float() for key, value in given.items()})
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_half_precision_stays_and_is_computed_with_in_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    given = {key: value.to(dtype) for key, value in state(DIT_TINY).items()}
+    torch.save(given, tmp_path / "dit.pt")
+    found = read(tmp_path / "dit.pt", FORMATS, options=HEADS).weights
+    kept = torch.float32 if dtype == torch.float64 else dtype
+    assert all(value.dtype == kept for value in found.values())
+    assert same(found, {key: value.to(kept) for key, value in given.items()})
+    run, _ = import_file(tmp_path / "dit.pt", tmp_path / "run", options=HEADS)
+    loaded = load(run.folder, device="cpu").model.state_dict()
+    assert all(value.dtype == torch.float32 for value in loaded.values())
+    assert same(loaded, {key: value.to(kept).float() for key, value in given.items()})
+
+
+def test_a_large_file_in_shards_is_imported_without_a_second_copy_in_memory(tmp_path: Path) -> None:
+    """110 MB of bf16 in three files: what the process holds at its peak, the mapped files among it, is measured."""
+    config = replace(DIT_TINY, hidden_size=640, depth=9, num_heads=8, num_classes=1000, frequency_shift=1)
+    model = meta(config)
+    weights = {key: torch.zeros(value.shape, dtype=torch.bfloat16) for key, value in model.state_dict().items()}
+    weights["pos_embed"] = config.build().pos_embed.data
+    tensors = DIFFUSERS.write(model, weights)
+    folder = tmp_path / "pipeline" / "transformer"
+    folder.mkdir(parents=True)
+    names = sorted(tensors)
+    index = {name: f"diffusion_pytorch_model-0000{1 + i % 3}-of-00003.safetensors" for i, name in enumerate(names)}
+    for file in set(index.values()):
+        save_file({name: tensors[name].contiguous() for name in names if index[name] == file}, folder / file)
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / "config.json").write_text(
+        json.dumps(diffusers_settings(config, Meaning(DDPM(), "eps", "index"))["transformer/config.json"])
+    )
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 2**20
+    code = (
+        "import resource, sys; from ditkit.exchange import import_file; import diffusers\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        "before = peak(); import_file(sys.argv[1], sys.argv[2]); print(peak() - before)"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "pipeline"), str(tmp_path / "run")]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert size > 100
+    assert float(done.stdout) < 1.5 * size
 
 
 def test_tensors_that_share_a_storage_or_are_views_come_out_right(tmp_path: Path) -> None:
@@ -673,7 +709,7 @@ def whole(found: Found) -> None:
     """What came is a complete model of its configuration: nothing is half there."""
     wanted = {key: value.shape for key, value in meta(found.config).state_dict().items()}
     assert {key: value.shape for key, value in found.weights.items()} == wanted
-    assert all(value.dtype == torch.float32 and bool(value.isfinite().all()) for value in found.weights.values())
+    assert all(value.is_floating_point() and bool(value.isfinite().all()) for value in found.weights.values())
 
 
 @pytest.mark.parametrize("name", MAKERS)

@@ -67,7 +67,7 @@ class Format:
 
 @dataclass(frozen=True)
 class Found:
-    """What a file holds: weights in float32 under our names, the model's configuration, and what its output means."""
+    """What a file holds: weights under our names, in half precision where the file is, the model's configuration, and what its output means."""
 
     path: Path
     format: Format
@@ -124,7 +124,11 @@ def read(
         tensors = read_table(table, numbers, ours)
     except DitkitError as error:
         raise DitkitError(f"{path}: {error}") from None
-    tensors = {key: value.float().contiguous() for key, value in tensors.items()}
+    # half precision stays: a file of a large model fills the memory once, and in .safetensors none until it is used
+    tensors = {
+        key: value.to(torch.float32 if value.dtype == torch.float64 else value.dtype).contiguous()
+        for key, value in tensors.items()
+    }
     return Found(Path(path), form, group, config, meaning, tensors, source, alike)
 
 
