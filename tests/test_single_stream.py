@@ -1,4 +1,4 @@
-"""Z-Image: one stream of image and caption. Sizes, masks, what sees what, prepared work, the door into the forward."""
+"""Z-Image and Lumina 2, one stream of image and caption: sizes, masks, what sees what, prepared work, the one door."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from ditkit.conditioning import Conditioning, Tokens, cat
 from ditkit.config import DitkitError, from_json, to_json
 from ditkit.diffusion import CFG, Linear, Meaning, guide
-from ditkit.models import Model, ZImageConfig, create_model, model_config
+from ditkit.models import Lumina2Config, Model, ZImageConfig, create_model, model_config
 from ditkit.models.zimage import slots, starts
 from ditkit.plan import gmacs
 
@@ -23,7 +23,13 @@ Z_IMAGE = ZImageConfig(
     input_size=(8, 12), in_channels=4, hidden_size=32, depth=3, refiner_depth=2, num_heads=2, axes=(4, 6, 6),
     text_dim=12, text_length=20,
 )  # fmt: skip
+LUMINA = Lumina2Config(
+    input_size=(8, 12), in_channels=4, hidden_size=48, depth=3, refiner_depth=2, num_heads=4, kv_heads=2,
+    mlp_hidden=80, axes=(4, 4, 4), text_dim=12, text_length=20,
+)  # fmt: skip
 TINY: dict[str, Any] = {
+    "lumina2": LUMINA,
+    "lumina2 of equal heads": replace(LUMINA, input_size=4, patch_size=1, num_heads=2, axes=(8, 8, 8), refiner_depth=1),
     "z_image": Z_IMAGE,
     "z_image with references": replace(Z_IMAGE, vision_dim=10),
     "z_image of one head": replace(
@@ -73,16 +79,18 @@ def given(config: Any, b: int = 2, size: tuple[int, int] | None = None) -> tuple
 # sizes
 
 
-def test_z_image_has_the_published_size() -> None:
-    """6.155 billion, as diffusers' default counts; the small one is for tests."""
+@pytest.mark.parametrize(("name", "count"), [("z_image", 6_154_908_736), ("lumina2", 2_609_769_152)])
+def test_the_published_size(name: str, count: int) -> None:
+    """6.155 and 2.61 billion, as diffusers' classes count; the small ones are for tests."""
     with torch.device("meta"):
-        counts = {name: sum(p.numel() for p in create_model(name).parameters()) for name in ("z_image", "z_image_tiny")}
-    assert counts["z_image"] == 6_154_908_736
-    assert counts["z_image_tiny"] < 3_000_000
+        model, tiny = create_model(name), create_model(f"{name}_tiny")
+    assert sum(p.numel() for p in model.parameters()) == count
+    assert sum(p.numel() for p in tiny.parameters()) < 3_000_000
 
 
-def test_a_plan_reckons_with_the_caption() -> None:
-    configs = [model_config("z_image_tiny", text_length=length) for length in (32, 320)]
+@pytest.mark.parametrize("name", ["z_image_tiny", "lumina2_tiny"])
+def test_a_plan_reckons_with_the_caption(name: str) -> None:
+    configs = [model_config(name, text_length=length) for length in (32, 320)]
     short, long = (gmacs(config, config.shape) for config in configs)
     assert long > 1.5 * short
 
@@ -175,10 +183,9 @@ def test_what_is_masked_changes_no_output_and_no_gradient(tiny: tuple[Model, Any
             assert_close(gradient, expected[name], rtol=1e-4, atol=1e-4 * scale, msg=name)
 
 
-def test_a_row_without_a_caption_stays_finite_beside_others(tiny: tuple[Model, Any]) -> None:
-    model, config = tiny
-    if getattr(config, "vision_dim", 0):
-        pytest.skip("a prompt with references has segments")
+@pytest.mark.parametrize("name", [name for name in TINY if "references" not in name])
+def test_a_row_without_a_caption_stays_finite_beside_others(name: str) -> None:
+    model, config = build(name)
     x, t, _ = given(config, 2)
     cond = Conditioning(text=caption(config, [0, 40]))
     out = model(x, t, cond)
@@ -383,9 +390,11 @@ def test_mistakes_say_what_to_change() -> None:
         with pytest.raises(ValueError, match=match):
             model(x, t, replace(cond, **changes))
 
-    fails(r"takes a caption.*give cond\.text", text=None)
-    fails(r"captions \[2 l 12\] .*is \[2, 20, 7\].*text_dim", text=Tokens(torch.zeros(2, 20, 7), cond.text.mask))  # type: ignore[union-attr]
-    fails(r"captions \[2 l 12\] .*is \[1, 20, 12\]", text=caption(config, [20]))
+    fails(r"takes a text, tokens \[b l 12\], and none", text=None)
+    fails(
+        r"text \[b l 12\].*given \[2, 20, 7\]: change text_dim",
+        text=Tokens(torch.zeros(2, 20, 7), caption(config, [20, 20]).mask),
+    )
     fails("between segments", scalars={})
     fails("1 references stand between 3 segments, not 2", scalars={"segments": torch.ones(2, 2)})
     fails(r"features \[2, 1, 2, 3, 4\].*vision_dim=10", vision=torch.zeros(2, 1, 2, 3, 4))
@@ -393,6 +402,10 @@ def test_mistakes_say_what_to_change() -> None:
     fails("2 x 2 do not tile", x=x[:, :, :7])
     with pytest.raises(DitkitError, match="hidden_size 32 is not num_heads 4 x 16, the sum of axes"):
         replace(config, num_heads=4).build()
+    with pytest.raises(DitkitError, match="hidden_size 48 is not num_heads 2 x 12, the sum of axes"):
+        replace(LUMINA, num_heads=2).build()
+    with pytest.raises(DitkitError, match="num_heads 4 is not divisible by num_kv_heads 3"):
+        replace(LUMINA, kv_heads=3).build()
     with pytest.raises(DitkitError, match="theta is above 1"):
         replace(config, theta=0.5)
     assert config.fitted((3, 8, 12), 0, 0) == replace(config, in_channels=3, input_size=(8, 12))

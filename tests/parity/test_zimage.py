@@ -13,12 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from ditkit.conditioning import Conditioning, Tokens
+from ditkit.conditioning import Conditioning
 from ditkit.config import DitkitError
 from ditkit.diffusion import Meaning
 from ditkit.interop import FORMATS, Z_IMAGE, Z_IMAGE_COMFY, read, z_image_settings
-from ditkit.interop.table import read_table, their_shapes
+from ditkit.interop.table import their_shapes
 from ditkit.models import ZImage, ZImageConfig
+
+from .against import captions, compare_gradients, random_weights
 
 TINY: dict[str, Any] = {
     "in_channels": 4, "dim": 32, "n_layers": 4, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 12,
@@ -32,23 +34,8 @@ SHAPES: list[dict[str, Any]] = [
 
 
 def theirs(seed: int = 0, **changes: Any) -> Any:
-    """diffusers' network with random weights, its pads among them.
-
-    Those of the time are small: its frequencies are rounded to float32 there, which moves angles by up to 6e-5.
-    """
-    model: Any = ZImageTransformer2DModel(**{**TINY, **changes})
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.08 * torch.randn(parameter.shape, generator=generator))
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.add_(1)
-            if "t_embedder" in name:
-                parameter.mul_(0.25)
-            if "adaLN" in name:
-                parameter.mul_(4)
-    return model.eval()
+    """diffusers' network with random weights, its pads among them."""
+    return random_weights(ZImageTransformer2DModel(**{**TINY, **changes}), seed)
 
 
 def ours(reference: Any, folder: Path) -> ZImage:
@@ -59,24 +46,6 @@ def ours(reference: Any, folder: Path) -> ZImage:
     model = found.config.build()
     model.load_state_dict(found.weights)
     return model.eval()
-
-
-def captions(texts: list[Tensor], length: int) -> Tokens:
-    """One batch of captions of different lengths, what pads them far from zero."""
-    values = torch.stack([torch.cat((text, torch.full((length - len(text), text.shape[1]), 9.0))) for text in texts])
-    return Tokens(values, torch.stack([torch.arange(length) < len(text) for text in texts]))
-
-
-def compare_gradients(model: ZImage, reference: Any) -> None:
-    """The table carries gradients as it carries weights; none is zero."""
-    table = Z_IMAGE.pairs(model)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    given = {name: p.grad for name, p in reference.named_parameters()}
-    expected = read_table(table, given, shapes)
-    for name, p in model.named_parameters():
-        assert p.grad is not None, name
-        assert bool(p.grad.any()), name
-        assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-4 * float(expected[name].abs().max()), msg=name)
 
 
 @pytest.mark.parametrize("changes", SHAPES, ids=["tiny", "three heads", "one head"])
@@ -107,7 +76,7 @@ def test_the_network_is_that_of_diffusers(changes: dict[str, Any], tmp_path: Pat
     loss.backward()
     for image, gradient in zip(x, expected, strict=True):
         assert_close(image.grad, gradient, rtol=1e-4, atol=1e-5)
-    compare_gradients(model, reference)
+    compare_gradients(Z_IMAGE, model, reference)
 
 
 def straightened(reference: Any) -> Any:
@@ -166,7 +135,7 @@ def test_references_are_those_of_omni(vision: bool, tmp_path: Path) -> None:
     assert x.grad is not None
     assert_close(x.grad, x_there, rtol=1e-4, atol=1e-5 * float(x_there.abs().max()))
     if vision:
-        compare_gradients(model, reference)
+        compare_gradients(Z_IMAGE, model, reference)
 
 
 def test_without_references_an_omni_prompt_has_two_segments(tmp_path: Path) -> None:

@@ -5,12 +5,24 @@ from .dit import DIFFUSERS, DIT, SIT, diffusers_settings
 from .drax import DRAX
 from .format import Format, Found, meta, read, size_name
 from .jit import JIT
+from .lumina2 import LUMINA2, LUMINA2_OFFICIAL, lumina2_settings
 from .source import open_source, read_json
 from .table import Rule
 from .transfer import Transfer, transfer
 from .zimage import Z_IMAGE, Z_IMAGE_COMFY, z_image_settings
 
-FORMATS = (DIT, SIT, JIT, ADM, DIFFUSERS, DRAX, Z_IMAGE, Z_IMAGE_COMFY)
+FORMATS = (
+    DIT,
+    SIT,
+    JIT,
+    ADM,
+    DIFFUSERS,
+    DRAX,
+    Z_IMAGE,
+    Z_IMAGE_COMFY,
+    LUMINA2,
+    LUMINA2_OFFICIAL,
+)
 """All that are known; of those that match a file the first is taken."""
 
 __all__ = [
@@ -20,6 +32,8 @@ __all__ = [
     "DRAX",
     "FORMATS",
     "JIT",
+    "LUMINA2",
+    "LUMINA2_OFFICIAL",
     "SIT",
     "Z_IMAGE",
     "Z_IMAGE_COMFY",
@@ -28,6 +42,7 @@ __all__ = [
     "Rule",
     "Transfer",
     "diffusers_settings",
+    "lumina2_settings",
     "meta",
     "open_source",
     "read",

@@ -10,6 +10,7 @@ from .blocks import (
     GatedCrossBlock,
     PlainBlock,
     SandwichBlock,
+    refined,
     visit,
 )
 from .convolution import AttentionBlock, Downsample, GroupNorm, ResBlock, Upsample
@@ -20,7 +21,17 @@ from .modulation import adaln, modulate, over_tokens
 from .norms import RMSNorm, layer_norm
 from .patches import BottleneckPatchEmbed, PatchEmbed, PatchOrder, patch_grid, patchify, unpatchify
 from .patterns import Arrangement, Blocks, Mask, Nabla, Pattern, Rule, SlidingTiles, arrange
-from .rope import Pairs, axial_angles, check_heads_2d, check_heads_even, grid_angles, rope_table, rotate
+from .rope import (
+    Pairs,
+    axial_angles,
+    check_heads_2d,
+    check_heads_even,
+    grid_angles,
+    over_heads,
+    place_rope,
+    rope_table,
+    rotate,
+)
 
 __all__ = [
     "Activation",
@@ -69,10 +80,13 @@ __all__ = [
     "init_convolutional",
     "layer_norm",
     "modulate",
+    "over_heads",
     "over_tokens",
     "patch_grid",
     "patchify",
+    "place_rope",
     "positions_2d",
+    "refined",
     "rope_table",
     "rotate",
     "sincos_2d",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 from jaxtyping import Bool, Float
@@ -20,6 +21,7 @@ __all__ = [
     "GatedCrossBlock",
     "PlainBlock",
     "SandwichBlock",
+    "refined",
     "visit",
 ]
 
@@ -221,6 +223,20 @@ class SandwichBlock(nn.Module):
         x = x + over_tokens(gate1.tanh()) * self.attn_norm2(y)
         y = self.mlp(modulate(self.mlp_norm1(x), None, scale2))
         return x + over_tokens(gate2.tanh()) * self.mlp_norm2(y)
+
+
+def refined(
+    blocks: Iterable[nn.Module],
+    x: Float[Tensor, "b n d"],
+    rope: Float[Tensor, "2 b 1 n hd"],
+    used: Bool[Tensor, "b n"],
+) -> Float[Tensor, "b n d"]:
+    """Tokens after blocks without modulation, which see those that are used."""
+    # in a row where none is used all see each other, for a softmax needs something; the result is not used either
+    mask = (used | ~used.any(1, keepdim=True))[:, None, None]
+    for block in blocks:
+        x = block(x, None, rope, mask)
+    return x
 
 
 class FinalLayer(nn.Module):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 __all__ = ["Pairs", "axial_angles", "check_heads_2d", "check_heads_even", "grid_angles", "rope_table", "rotate"]
@@ -54,6 +54,16 @@ def rope_table(angles: Float[Tensor, "... n half"], pairs: Pairs = "neighbours")
     """cos and sin of the angles in float32, each repeated for the two channels of its pair."""
     table = torch.stack((angles.cos(), angles.sin()))
     return (table.repeat_interleave(2, dim=-1) if pairs == "neighbours" else torch.cat((table, table), dim=-1)).float()
+
+
+def place_rope(place: Int[Tensor, "b n a"], dims: Sequence[int], theta: float = 10000.0) -> Float[Tensor, "b 2 n d"]:
+    """Rotations of tokens that stand at places of their own in each sample; batch-first, as they are prepared."""
+    return rope_table(axial_angles(place.unbind(-1), dims, theta)).transpose(0, 1)
+
+
+def over_heads(rope: Float[Tensor, "b 2 n d"]) -> Float[Tensor, "2 b 1 n d"]:
+    """Rotations of each sample in the form that attention takes."""
+    return rope.transpose(0, 1)[:, :, None]
 
 
 def rotate(

@@ -6,6 +6,7 @@ from .drax import Drax, DraxConfig
 from .jit import JiT, JiTConfig
 from .lightningdit import LightningDiT, LightningDiTConfig
 from .lora import LoRAConfig, adapters, base_weights, merged, unadapted
+from .lumina2 import Lumina2, Lumina2Config
 from .mlp import MLP, MLPConfig
 from .registry import ImageConfig, Model, ModelConfig, Plan, TokenConfig, create_model, list_models, model_config
 from .resnet import ResNet, ResNetConfig
@@ -26,6 +27,8 @@ __all__ = [
     "LightningDiT",
     "LightningDiTConfig",
     "LoRAConfig",
+    "Lumina2",
+    "Lumina2Config",
     "MLPConfig",
     "Model",
     "ModelConfig",

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol, Self, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ..conditioning import Conditioning
+from ..conditioning import Conditioning, Tokens
 from ..config import DitkitError, lookup, names, near, register_name, registered_as
 from ..layers import Edit
 from ..rng import Rng
@@ -25,6 +25,7 @@ __all__ = [
     "TokenConfig",
     "at_least_one",
     "create_model",
+    "given_text",
     "instantiate",
     "list_models",
     "model_config",
@@ -201,6 +202,18 @@ class TokenConfig:
         elif classes:
             raise DitkitError(f"the model {name} takes no classes, and the data has {classes}: choose another")
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+
+def given_text(cond: Conditioning, channels: int) -> Tokens:
+    """The text's tokens. Raises ValueError if there is none, or of other channels than `text_dim`."""
+    if cond.text is None:
+        raise ValueError(f"the model takes a text, tokens [b l {channels}], and none was given")
+    if cond.text.values.shape[-1] != channels:
+        raise ValueError(
+            f"the model takes a text [b l {channels}] (text_dim={channels}), and was given "
+            f"{list(cond.text.values.shape)}: change text_dim"
+        )
+    return cond.text
 
 
 M = TypeVar("M", bound=Model)

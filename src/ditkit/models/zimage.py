@@ -38,17 +38,18 @@ from ..layers import (
     SandwichBlock,
     SwiGLU,
     TimestepEmbedder,
-    axial_angles,
     init_adaln_zero,
     layer_norm,
+    over_heads,
     patch_grid,
     patchify,
-    rope_table,
+    place_rope,
+    refined,
     unpatchify,
     visit,
 )
 from ..rng import Rng
-from .registry import ImageConfig, Model, Plan, at_least_one, instantiate, register_models
+from .registry import ImageConfig, Model, Plan, at_least_one, given_text, instantiate, register_models
 
 __all__ = ["ZImage", "ZImageConfig"]
 
@@ -177,11 +178,6 @@ def padded(x: Float[Tensor, "b n d"], token: Float[Tensor, "1 d"]) -> Float[Tens
     return torch.cat((x, token.expand(b, canonical(n) - n, d)), dim=1)
 
 
-def over_heads(rope: Float[Tensor, "b 2 n hd"]) -> Float[Tensor, "2 b 1 n hd"]:
-    """Rotations of each sample as attention takes them."""
-    return rope.transpose(0, 1)[:, :, None]
-
-
 class ZImage(Model):
     """Single-stream text-to-image transformer. Raises ValueError for an x that its patches do not tile."""
 
@@ -231,7 +227,7 @@ class ZImage(Model):
         The blocks of `context_refiner` and `siglip_refiner` run here; no edit sees them. Raises DitkitError where the
         caption is missing or does not fit, and for references without the segments between which they stand.
         """
-        text, lengths, references = self._captions(cond, shape[0])
+        text, lengths, references = self._captions(cond)
         omni, patch = "segments" in cond.scalars, self.config.patch_size
         seen = slots(lengths, canonical(text.values.shape[1]) + MULTIPLE * (lengths.shape[1] - 1), omni)
         values = text.values.gather(1, seen.token[..., None].expand(-1, -1, text.values.shape[2]))
@@ -260,16 +256,9 @@ class ZImage(Model):
             cond = cond.with_static(clean=clean)
         return cond.with_static(context=torch.cat(context, dim=1), rope=self._rope(place), mask=used)
 
-    def _captions(self, cond: Conditioning, batch: int) -> tuple[Tokens, Int[Tensor, "b s"], int]:
+    def _captions(self, cond: Conditioning) -> tuple[Tokens, Int[Tensor, "b s"], int]:
         """The caption, the lengths of its segments, and the number of references."""
-        config, text = self.config, cond.text
-        if text is None:
-            raise DitkitError("a Z-Image takes a caption, and none is given: give cond.text")
-        if (len(text.values), text.values.shape[2]) != (batch, config.text_dim):
-            raise DitkitError(
-                f"the model takes captions [{batch} l {config.text_dim}] (text_dim={config.text_dim}), the caption is "
-                f"{list(text.values.shape)}: change text_dim"
-            )
+        config, text = self.config, given_text(cond, self.config.text_dim)
         segments = cond.scalars.get("segments")
         count = 0 if cond.references is None else cond.references.shape[1]
         if cond.vision is not None and (config.vision_dim != cond.vision.shape[-1] or not count):
@@ -302,16 +291,10 @@ class ZImage(Model):
         return torch.cat((tokens, pads), dim=1), Stream(place, used, F.pad(features.clean, (0, MULTIPLE)))
 
     def _rope(self, place: Int[Tensor, "b n 3"]) -> Float[Tensor, "b 2 n hd"]:
-        table = rope_table(axial_angles(place.unbind(-1), self.config.axes, self.config.theta))
-        return table.transpose(0, 1)
+        return place_rope(place, self.config.axes, self.config.theta)
 
     def _refined(self, x: Float[Tensor, "b n d"], stream: Stream, blocks: nn.ModuleList) -> Float[Tensor, "b n d"]:
-        rope = over_heads(self._rope(stream.place))
-        # in a row without a caption all slots see each other, for a softmax needs something; nothing sees them
-        mask = (stream.used | ~stream.used.any(1, keepdim=True))[:, None, None]
-        for blk in blocks:
-            x = blk(x, None, rope, mask)
-        return x
+        return refined(blocks, x, over_heads(self._rope(stream.place)), stream.used)
 
     def forward(
         self, x: Float[Tensor, "b c h w"], t: Float[Tensor, "b"], cond: Conditioning, *, edit: Edit | None = None
