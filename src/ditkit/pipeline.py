@@ -9,18 +9,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Shaped
 from torch import Tensor
 
-from .conditioning import Given
+from .conditioning import Given, Known
 from .config import DitkitError, NotFinite, near, registered_as
-from .diffusion import Autoguidance, ClassifierFree, Denoiser, Guided, check_grid, guide, integrate
+from .diffusion import Autoguidance, ClassifierFree, Denoiser, Guided, check_grid, guide, integrate, keep
 from .models import Model
 from .recipe import Recipe, Sample, device_of
 from .rng import Rng
 from .runs import find_run
 
 __all__ = ["Pipeline", "load"]
+
+_HOW = {
+    "image": "give bytes [c h w] and a mask, on the command line --known IMAGE --mask MASK",
+    "video": "give bytes [c t h w] and a mask",
+    "text": "give code points [l] and a mask, on the command line --prompt or --template",
+    "vector": "give floats [d] and a mask",
+}
+
+
+def _broadcasts(mask: Sequence[int], values: Sequence[int]) -> bool:
+    """Whether a mask serves values: the same size, or 1, for samples and channels; the same size everywhere else."""
+    first = 2 if len(values) > 2 else 1
+    same = all(m in (1, v) for m, v in zip(mask[:first], values[:first], strict=True))
+    return same and tuple(mask[first:]) == tuple(values[first:])
 
 
 class Pipeline:
@@ -46,6 +61,7 @@ class Pipeline:
         label: str | int | Sequence[str | int] | Tensor | None = None,
         count: int = 16,
         *,
+        known: Known | None = None,
         seed: int = 0,
         progress: Callable[[int, int], None] | None = None,
         **settings: Any,
@@ -53,17 +69,20 @@ class Pipeline:
         """Draw samples, on the CPU and in the form of the data: bytes of images, vectors, code points of texts.
 
         label: a class by name or number for all samples, one for each, or None for all classes in turn. Sample i
-        depends on (seed, i) and its label alone, not on `count` or on the batch. settings: fields of `Sample` that
-        differ from the recipe's, such as steps=20, guidance=2.0. progress(done, total) counts solver steps. Raises
-        DitkitError.
+        depends on (seed, i), its label and what is known of it alone, not on `count` or on the batch. known: a part of
+        the sample that is given, in the form of the data, for all [*sample] or for each [count *sample]; the rest is
+        drawn, and what stands in `known.values` where `known.mask` is False changes nothing. Latents are known where
+        all pixels are that the mask has for them. settings: fields of `Sample` that differ from the recipe's, such as
+        steps=20, guidance=2.0. progress(done, total) counts solver steps. Raises DitkitError.
         """
-        return torch.cat(list(self.stream(label, count, seed=seed, progress=progress, **settings)))
+        return torch.cat(list(self.stream(label, count, known=known, seed=seed, progress=progress, **settings)))
 
     def stream(
         self,
         label: str | int | Sequence[str | int] | Tensor | None = None,
         count: int = 16,
         *,
+        known: Known | None = None,
         seed: int = 0,
         progress: Callable[[int, int], None] | None = None,
         **settings: Any,
@@ -71,6 +90,7 @@ class Pipeline:
         """As `sample`, one batch at a time."""
         chosen, times = self.check(**settings)
         labels = self.labels(label, count)
+        given = None if known is None else self._checked(known, count)
         total = chosen.steps * -(-count // chosen.batch)
         for number, first in enumerate(range(0, count, chosen.batch)):
             ids = torch.arange(first, min(first + chosen.batch, count))
@@ -80,7 +100,8 @@ class Pipeline:
                 if progress is not None:
                     progress(done + k + 1, total)
 
-            yield self._batch(chosen, None if labels is None else labels[ids], ids, times, seed, tick)
+            part = None if given is None else self._encoded(given, ids)
+            yield self._batch(chosen, None if labels is None else labels[ids], part, ids, times, seed, tick)
 
     def settings(self, **changes: Any) -> Sample:
         """The recipe's sampling settings with changes. Raises DitkitError for an unknown name."""
@@ -116,9 +137,12 @@ class Pipeline:
         check_grid(self.guided(chosen, 1), chosen.solver, times, f"the grid {registered_as(chosen.grid)[1]!r}")
         return chosen, times
 
-    def guided(self, chosen: Sample, count: int) -> Denoiser | Guided:
-        """The denoiser with the chosen guides for a batch of `count`. Raises DitkitError for what cannot guide it."""
-        null = self.recipe.conditioner.null(count).to(self.device)
+    def guided(self, chosen: Sample, count: int, known: Known | None = None) -> Denoiser | Guided:
+        """The denoiser with the chosen guides for a batch of `count`, of which weak opinions are told what is known.
+
+        Raises DitkitError for what cannot guide it.
+        """
+        null = dataclasses.replace(self.recipe.conditioner.null(count), known=known).to(self.device)
         guides = []
         for g in chosen.all_guides():
             if isinstance(g, ClassifierFree) and g.null is None:
@@ -164,11 +188,64 @@ class Pipeline:
             raise DitkitError(f"{len(label)} labels were given for {count} samples: give one, or one for each")
         return self.recipe.conditioner.index(label)
 
+    def _checked(self, known: Known, count: int) -> Known:
+        """What is known, one row for all samples or one for each. Raises DitkitError for what does not fit."""
+        values, mask = known.values, known.mask
+        tokens, rank = self.recipe.codec.vocab > 0, len(self.shape)
+        kinds = {(False, 4): "video", (False, 3): "image", (False, 1): "vector", (True, 1): "text"}
+        if (tokens, rank) not in kinds:
+            raise DitkitError(f"this model draws {list(self.shape)}, of which no part can be given")
+        wants, bytewise = kinds[tokens, rank], values.dtype == torch.uint8
+        fits = (values.is_floating_point(), bytewise) == (wants == "vector", wants in ("image", "video"))
+        if not fits or values.ndim not in (rank, rank + 1):
+            raise DitkitError(
+                f"what is known is {str(values.dtype).removeprefix('torch.')} {list(values.shape)}, and this model "
+                f"draws {wants}s: {_HOW[wants]}"
+            )
+        if values.ndim == rank:
+            values, mask = values[None], mask[None]
+        try:
+            shape = self.recipe.codec.shape(tuple(values.shape[1:]))
+        except DitkitError:
+            shape = None
+        if shape != self.shape:
+            empty = torch.zeros(1, *self.shape, dtype=torch.long if tokens else torch.float32)
+            own, drawn = list(values.shape[1:]), list(self.recipe.codec.decode(empty).shape[1:])
+            raise DitkitError(f"the known {wants} is {own}, and this model draws {drawn}: give one of that size")
+        if wants == "video" and shape != tuple(values.shape[1:]):
+            raise DitkitError("parts of videos can be given where pixels are diffused, and this model has latents")
+        if mask.dtype != torch.bool or mask.ndim != values.ndim or not _broadcasts(mask.shape, values.shape):
+            raise DitkitError(
+                f"the mask of what is known is {str(mask.dtype).removeprefix('torch.')} {list(mask.shape)}, and the "
+                f"{wants} {list(values.shape)}: it is boolean (True = known) and of the same size"
+            )
+        if len(values) not in (1, count):
+            raise DitkitError(f"{len(values)} known parts were given for {count} samples: give one, or one for each")
+        neutral = 128 if bytewise else 0
+        values = torch.where(mask, values, torch.tensor(neutral, dtype=values.dtype))
+        if not bool(torch.isfinite(values).all()):
+            raise DitkitError("what is known holds numbers that are not finite")
+        if tokens:
+            self.recipe.codec.encode(values)  # an unknown character is said before anything is drawn
+        return Known(values, mask.expand_as(values))
+
+    @torch.no_grad()
+    def _encoded(self, known: Known, ids: Tensor) -> Known:
+        """What is known of these samples, as it is diffused."""
+        rows = slice(None) if len(known.values) == 1 else ids
+        x0, mask = self.recipe.codec.encode(known.values[rows].to(self.device)), known.mask[rows].to(self.device)
+        if x0.shape[1:] != mask.shape[1:]:  # latents: known where no pixel is unknown
+            unknown = (~mask).any(1, keepdim=True).float()
+            mask = F.adaptive_max_pool2d(unknown, x0.shape[2:]) == 0
+        shape = (len(ids), *self.shape)
+        return Known(x0.expand(shape), mask.expand(shape))
+
     @torch.no_grad()
     def _batch(
         self,
         chosen: Sample,
         labels: Tensor | None,
+        known: Known | None,
         ids: Tensor,
         times: Sequence[float],
         seed: int,
@@ -176,10 +253,15 @@ class Pipeline:
     ) -> Shaped[Tensor, "b *sample"]:
         conditioner = self.recipe.conditioner
         cond = conditioner.null(len(ids)) if labels is None else conditioner(Given(labels))
-        cond = cond.to(self.device)
+        cond = dataclasses.replace(cond, known=known).to(self.device)
         rng = Rng(seed).at(0, ids.to(self.device))
         x = self.denoiser.prior(rng, self.shape)
-        out = integrate(self.guided(chosen, len(ids)), chosen.solver, times, x, cond, rng, tick)
+        denoiser = self.guided(chosen, len(ids), known)
+        if known is None:
+            out = integrate(denoiser, chosen.solver, times, x, cond, rng, tick)
+        else:
+            out = integrate(keep(denoiser, known), chosen.solver, times, x, cond, rng, tick)
+            out = torch.where(known.mask, known.values.to(out), out)
         if not bool(torch.isfinite(out).all()):
             raise NotFinite("sampling gave numbers that are not finite: use more steps or less guidance")
         return self.recipe.codec.decode(out).cpu()

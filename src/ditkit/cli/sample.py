@@ -6,10 +6,14 @@ import argparse
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config import DitkitError
 from .configs import guidance_arguments, guidance_settings
+
+if TYPE_CHECKING:
+    from ..conditioning import Known
+    from ..pipeline import Pipeline
 
 __all__ = ["arguments", "run"]
 
@@ -21,6 +25,19 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--label", nargs="+", help="a class by name or number, or one for each sample (default: all in turn)"
     )
     parser.add_argument("--count", type=int, default=16, help="how many samples (default: 16)")
+    parser.add_argument("--prompt", metavar="TEXT", help="how every text begins; the rest is drawn")
+    parser.add_argument(
+        "--template", metavar="TEXT", help="the whole text with _ for each character to be drawn, as in: 'red ____'"
+    )
+    parser.add_argument(
+        "--known", type=Path, metavar="IMAGE", help="an image of the size that the model draws, for inpainting"
+    )
+    parser.add_argument(
+        "--mask",
+        type=Path,
+        metavar="IMAGE",
+        help="of the same size as --known: what is white in it is drawn, what is black is kept",
+    )
     parser.add_argument("--steps", type=int, help="solver steps")
     guidance_arguments(parser)
     parser.add_argument("--solver", help="how a step is taken: euler, heun, ddim, dpmpp_2m, unipc_3, ...")
@@ -46,6 +63,10 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
         raise DitkitError(f"--out is a .png, .gif, .txt or .npy file or a folder, not {args.out}")
     if args.columns is not None and args.columns < 1:
         raise DitkitError(f"--columns must be at least 1, not {args.columns}")
+    if (args.known is None) != (args.mask is None):
+        raise DitkitError("--known and --mask go together: the mask says which part of the known image is drawn anew")
+    if sum(given is not None for given in (args.prompt, args.template, args.known)) > 1:
+        raise DitkitError("give one of --prompt, --template and --known")
     import torch
     from tqdm import tqdm
 
@@ -64,7 +85,8 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
             bar.total = total
             bar.update(done - bar.n)
 
-        batches = pipeline.stream(label, args.count, seed=args.seed, progress=progress, **settings)
+        known = _known(args, pipeline)
+        batches = pipeline.stream(label, args.count, known=known, seed=args.seed, progress=progress, **settings)
         first = next(batches)
         own = suffix(first)
         rendered(first[:1], kind or own)  # what cannot be shown so is said before the rest is drawn
@@ -80,3 +102,43 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
             atomic_write(args.out or Path("samples.png"), content)
     print(f"{args.count} samples: {args.out or 'samples.png'}")
     return 0
+
+
+def _known(args: argparse.Namespace, pipeline: Pipeline) -> Known | None:
+    """What is given of the samples. Raises DitkitError for what is not for this model."""
+    from ..data import prompt, template
+
+    texts = pipeline.recipe.codec.vocab > 0
+    for name, make in (("prompt", prompt), ("template", template)):
+        text = getattr(args, name)
+        if text is not None:
+            if not texts:
+                raise DitkitError(f"--{name} is for models of texts, and this one draws {list(pipeline.shape)}")
+            return make(text, pipeline.shape[0])
+    if args.known is None:
+        return None
+    if texts or len(pipeline.shape) != 3:
+        raise DitkitError(f"--known is for models of images, and this one draws {list(pipeline.shape)}")
+    return _picture(args.known, args.mask, pipeline)
+
+
+def _picture(image: Path, mask: Path, pipeline: Pipeline) -> Known:
+    """An image, grey where the model's are, and what is black in its mask. Raises DitkitError."""
+    import torch
+
+    from ..conditioning import Known
+    from ..data import Unreadable, read_image
+
+    found = []
+    for path, channels in ((image, 3), (mask, 1)):
+        try:
+            found.append(torch.from_numpy(read_image(str(path), None, channels).copy()))
+        except Unreadable as error:
+            raise DitkitError(f"{path}: {error}") from None
+    pixels, drawn = found
+    if pixels.shape[1:] != drawn.shape[1:]:
+        sizes = [f"{height} x {width}" for height, width in (pixels.shape[1:], drawn.shape[1:])]
+        raise DitkitError(f"{image} has {sizes[0]} pixels (height x width) and {mask} {sizes[1]}: give the same size")
+    if pipeline.shape == (1, *pixels.shape[1:]):
+        pixels = torch.from_numpy(read_image(str(image), None, 1).copy())
+    return Known(pixels, drawn < 128)

@@ -6,10 +6,10 @@ from .captions import Captions
 from .dataset import Batch, Dataset, InMemory, Order, Split
 from .digits import Digits
 from .elsewhere import Elsewhere
-from .folder import Folder
+from .folder import Folder, Unreadable, read_image
 from .moving_digits import MovingDigits
 from .spiral import Spiral
-from .text import points, strings
+from .text import points, prompt, strings, template
 
 __all__ = [
     "Batch",
@@ -23,6 +23,10 @@ __all__ = [
     "Order",
     "Spiral",
     "Split",
+    "Unreadable",
     "points",
+    "prompt",
+    "read_image",
     "strings",
+    "template",
 ]

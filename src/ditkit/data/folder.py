@@ -88,11 +88,15 @@ def centre_crop(image: Image.Image, resolution: int) -> Image.Image:
     return image.crop((left, top, left + resolution, top + resolution))
 
 
-def read_image(path: str, resolution: int, channels: int) -> UInt8[np.ndarray, "c h w"]:
-    """The pixels of a file: upright, on white, centre-cropped, in 3 channels (RGB) or 1. Raises Unreadable."""
+def read_image(path: str, resolution: int | None, channels: int) -> UInt8[np.ndarray, "c h w"]:
+    """The pixels of a file: upright, on white, in 3 channels (RGB) or 1, centre-cropped unless `resolution` is None.
+
+    Raises Unreadable.
+    """
     with _opened(path) as image:
-        pixels = np.array(centre_crop(_flatten(image, channels), resolution))
-    return pixels.reshape(resolution, resolution, channels).transpose(2, 0, 1)
+        flat = _flatten(image, channels)
+        pixels = np.array(flat if resolution is None else centre_crop(flat, resolution))
+    return pixels.reshape(*pixels.shape[:2], channels).transpose(2, 0, 1)
 
 
 def _check_header(path: str) -> None:

@@ -8,7 +8,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-__all__ = ["points", "strings"]
+from ..conditioning import Known
+from ..config import DitkitError
+
+__all__ = ["points", "prompt", "strings", "template"]
 
 _INNER = "\u2400"  # the picture of a 0, for a model that goes on after it
 
@@ -26,3 +29,28 @@ def points(texts: Sequence[str], length: int) -> Int[Tensor, "n l"]:
 def strings(rows: Iterable[Int[Tensor, "l"]]) -> list[str]:
     """The texts of code points: the filling at the end goes, a 0 inside is shown as \u2400."""
     return ["".join(map(chr, row.tolist())).rstrip("\0").replace("\0", _INNER) for row in rows]
+
+
+def prompt(text: str, length: int) -> Known:
+    """The beginning of a text of at most `length` characters; what follows is open, its end, too.
+
+    Raises DitkitError for a longer text, an empty one and one with a 0.
+    """
+    return Known(_checked(text, "prompt", length), torch.arange(length) < len(text))
+
+
+def template(text: str, length: int, blank: str = "_") -> Known:
+    """A whole text with a `blank` in place of each character that is open; nothing comes after it.
+
+    Raises DitkitError for a text longer than `length`, an empty one and one with a 0.
+    """
+    values = _checked(text, "template", length)
+    mask = values != ord(blank)
+    return Known(values.where(mask, 0), mask)
+
+
+def _checked(text: str, name: str, length: int) -> Int[Tensor, "l"]:
+    if not 0 < len(text) <= length or "\0" in text:
+        what = f"{len(text)} characters" if "\0" not in text else "a character 0"
+        raise DitkitError(f"the {name} {text!r} has {what}: give one of 1 to {length} characters, none of them a 0")
+    return points([text], length)[0]

@@ -22,7 +22,18 @@ from torch import Tensor
 from ..config import DitkitError, lookup, names, near, register_name
 from .path import Path, Time, as_time
 
-__all__ = ["DATA_STD", "SPACES", "Row", "det", "infinite_ends", "input_std", "reading", "row", "singular_ends"]
+__all__ = [
+    "DATA_STD",
+    "SPACES",
+    "Row",
+    "det",
+    "infinite_ends",
+    "input_std",
+    "reading",
+    "regular_row",
+    "row",
+    "singular_ends",
+]
 
 Row = tuple[Tensor, Tensor]
 
@@ -105,6 +116,11 @@ def _away(t: Tensor, ends: tuple[float, ...], t_eps: float) -> Tensor:
     return t.clamp(t_eps if 0.0 in ends else 0.0, 1 - t_eps if 1.0 in ends else 1.0)
 
 
+def regular_row(space: str, path: Path, t: Time, t_eps: float = 0.0) -> Row:
+    """The coefficients of a space, taken `t_eps` away from an end where they are infinite."""
+    return row(space, path, _away(as_time(t), infinite_ends(space, path), t_eps))
+
+
 def reading(have: str, want: str, path: Path, t: Time, t_eps: float = 0.0) -> tuple[Tensor, Tensor]:
     """Coefficients (of x, of out) that read `out`, in space `have`, as `want`; the second is the gain of errors.
 
@@ -115,7 +131,7 @@ def reading(have: str, want: str, path: Path, t: Time, t_eps: float = 0.0) -> tu
     if have == want:
         return torch.zeros_like(t), torch.ones_like(t)
     here = path(t)
-    have_row, want_row = (row(space, path, _away(t, infinite_ends(space, path), t_eps)) for space in (have, want))
+    have_row, want_row = (regular_row(space, path, t, t_eps) for space in (have, want))
     away = _away(t, singular_ends(have, path), t_eps)
     below = det(path(away), row(have, path, away)) if t_eps else det(here, have_row)
     of_x, of_out = det(want_row, have_row) / below, det(here, want_row) / below
