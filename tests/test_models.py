@@ -44,6 +44,7 @@ from ditkit.models import (
     LoRAConfig,
     Lumina2Config,
     MLPConfig,
+    MMDiTConfig,
     Model,
     ModelConfig,
     ResNetConfig,
@@ -138,6 +139,7 @@ def test_every_family_has_a_tiny_one() -> None:
         LoRAConfig,
         Lumina2Config,
         MLPConfig,
+        MMDiTConfig,
         ZImageConfig,
     }
 
@@ -211,10 +213,14 @@ def test_every_name_is_in_a_table() -> None:
         "drax_tiny",
         "lumina2",
         "lumina2_tiny",
+        "mmdit_tiny",
+        "sd3_medium",
+        "sd35_large",
+        "sd35_medium",
         "z_image",
         "z_image_tiny",
         "unet_tiny",
-    }  # test_ddit.py, test_drax.py, test_single_stream.py, test_unet.py
+    }  # test_ddit.py, test_drax.py, test_single_stream.py, test_text_models.py, test_unet.py
     assert set(list_models()) == {*DIT, *sit, *WAYS, *JIT, *PAPER, *LIGHTNING, *ADM, *RESNET, *elsewhere}
     assert all(model_config(name) == model_config(same) for name, same in sit.items())  # one network, two processes
 

@@ -3,9 +3,10 @@
 from .adm import ADM, unet_config
 from .dit import DIFFUSERS, DIT, SIT, diffusers_settings
 from .drax import DRAX
-from .format import Format, Found, meta, read, size_name
+from .format import Format, Found, meta, read, save, size_name
 from .jit import JIT
 from .lumina2 import LUMINA2, LUMINA2_OFFICIAL, lumina2_settings
+from .mmdit import DIFFUSERS_SD3, SD3
 from .source import open_source, read_json
 from .table import Rule
 from .transfer import Transfer, transfer
@@ -16,7 +17,9 @@ FORMATS = (
     SIT,
     JIT,
     ADM,
+    SD3,
     DIFFUSERS,
+    DIFFUSERS_SD3,
     DRAX,
     Z_IMAGE,
     Z_IMAGE_COMFY,
@@ -28,12 +31,14 @@ FORMATS = (
 __all__ = [
     "ADM",
     "DIFFUSERS",
+    "DIFFUSERS_SD3",
     "DIT",
     "DRAX",
     "FORMATS",
     "JIT",
     "LUMINA2",
     "LUMINA2_OFFICIAL",
+    "SD3",
     "SIT",
     "Z_IMAGE",
     "Z_IMAGE_COMFY",
@@ -47,6 +52,7 @@ __all__ = [
     "open_source",
     "read",
     "read_json",
+    "save",
     "size_name",
     "transfer",
     "unet_config",

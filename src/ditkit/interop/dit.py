@@ -16,7 +16,7 @@ from ..diffusion.grid import SiT as SiTGrid
 from ..diffusion.objective import Uniform as UniformTimes
 from ..layers import sincos_2d
 from ..models import DiTConfig
-from .format import Format, Shapes, block_count, option, published, shape
+from .format import Format, Shapes, block_count, integer, option, published, settings, shape
 from .source import Source
 from .table import Rule
 
@@ -146,38 +146,27 @@ _PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 _LARGEST_SIDE = 512  # patches in a row; more than any published latent has, by far
 
 
-def _integer(settings: Mapping[str, Any], name: str, default: int) -> int:
-    value = settings.get(name, default)
-    if type(value) is not int or value < 1:
-        raise DitkitError(f"transformer/config.json: {name} is {value!r}, not a number of at least 1")
-    return value
-
-
 def _diffusers_config(source: Source, shapes: Shapes, options: Mapping[str, Any]) -> DiTConfig:
     """Shapes say most; heads, size and eps come from transformer/config.json."""
-    if source.folder is None:
-        raise DitkitError(
-            f"{source.path}: give the folder, not the file: its config.json says how many heads there are"
-        )
-    settings = source.settings()
+    said = settings(source)
     fixed = {
         "norm_type": "ada_norm_zero", "activation_fn": "gelu-approximate", "attention_bias": True,
         "norm_elementwise_affine": False, "dropout": 0.0,
     }  # fmt: skip
     for name, value in fixed.items():
-        if settings.get(name, value) != value:
-            raise DitkitError(f"transformer/config.json: {name} is {settings[name]!r}; only {value!r} is a DiT")
+        if said.get(name, value) != value:
+            raise DitkitError(f"transformer/config.json: {name} is {said[name]!r}; only {value!r} is a DiT")
     dim, channels, *patches = shape(shapes, "pos_embed.proj.weight", 4)
     patch = side_of(tuple(patches), "pos_embed.proj.weight")
-    size, heads = _integer(settings, "sample_size", 32), _integer(settings, "num_attention_heads", 16)
+    size, heads = integer(said, "sample_size", 32), integer(said, "num_attention_heads", 16)
     if size // patch > _LARGEST_SIDE:
         raise DitkitError(f"transformer/config.json: sample_size {size} would be {size // patch} patches in a row")
-    if heads * _integer(settings, "attention_head_dim", 72) != dim:
+    if heads * integer(said, "attention_head_dim", 72) != dim:
         raise DitkitError(
-            f"transformer/config.json: {heads} heads of {settings.get('attention_head_dim', 72)} channels are not the "
+            f"transformer/config.json: {heads} heads of {said.get('attention_head_dim', 72)} channels are not the "
             f"{dim} of the weights"
         )
-    eps = settings.get("norm_eps", 1e-5)
+    eps = said.get("norm_eps", 1e-5)
     if not isinstance(eps, int | float):
         raise DitkitError(f"transformer/config.json: norm_eps is {eps!r}, not a number")
     features = shape(shapes, "proj_out_2.weight", 2)[0]

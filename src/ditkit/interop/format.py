@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import DitkitError, lookup, names, near
@@ -17,7 +19,21 @@ from ..models import Model, ModelConfig
 from .source import Entries, Entry, Source, open_source
 from .table import Pair, Rule, pairs, read_table, their_shapes, write_table
 
-__all__ = ["Format", "Found", "Shapes", "block_count", "meta", "option", "published", "read", "shape", "size_name"]
+__all__ = [
+    "Format",
+    "Found",
+    "Shapes",
+    "block_count",
+    "integer",
+    "meta",
+    "option",
+    "published",
+    "read",
+    "save",
+    "settings",
+    "shape",
+    "size_name",
+]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -28,12 +44,13 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 class Format:
     """One published layout, both ways.
 
-    match: whether these names are of the layout. rules: their names and ours. config: the model's configuration from
-    shapes, what was saved beside them, and what the person says. denoiser: what the output means. refusal: why a model
-    with a meaning cannot be written in this layout, None if it can. model: the class of the configuration. weights: the
-    groups that a file may hold, the best first, with their decays of averaging (0 = the weights themselves). prefix:
-    what their names begin with. unread: names, with `*` for any end, of tensors that a file may hold beside and that
-    the authors' network does not compute with. sampling, objective: the authors' own, for an imported run's recipe.
+    match: whether these names are of the layout. rules: their names and ours, of a configuration if they depend on it.
+    config: the model's configuration from shapes, what was saved beside them, and what the person says. denoiser: what
+    the output means. refusal: why a model with a meaning cannot be written in this layout, None if it can. model: the
+    class of the configuration. weights: the groups that a file may hold, the best first, with their decays of averaging
+    (0 = the weights themselves). prefix: what their names begin with. within: what they begin with in a file that holds
+    other networks too. unread: names, with `*` for any end, of tensors that a file may hold beside and that the
+    authors' network does not compute with. sampling, objective: the authors' own, for an imported run's recipe.
     constants: tensors of theirs that follow from the configuration; where a file has them, they must agree. settings:
     the JSON files of a folder, by their names in it, and file: where in it the weights are; none for a single file.
     """
@@ -42,7 +59,7 @@ class Format:
     title: str
     model: type
     match: Callable[[Shapes], bool]
-    rules: tuple[Rule, ...]
+    rules: tuple[Rule, ...] | Callable[[Any], tuple[Rule, ...]]
     config: Callable[[Source, Shapes, Mapping[str, Any]], ModelConfig]
     denoiser: Callable[[Source, Any], Meaning | TokenMeaning]
     refusal: Callable[[Any, Any], str | None]
@@ -50,6 +67,7 @@ class Format:
     objective: Callable[[Any, Any], Any]
     weights: Mapping[str, float] = field(default_factory=dict)
     prefix: str = ""
+    within: str = ""
     unread: tuple[str, ...] = ()
     constants: Callable[[Any], Mapping[str, Tensor]] = lambda config: {}
     settings: Callable[[Any, Any], dict[str, dict[str, Any]]] | None = None
@@ -57,7 +75,14 @@ class Format:
 
     def pairs(self, model: Model) -> list[Pair]:
         """The table of a model."""
-        return pairs(self.rules, model.state_dict())
+        return pairs(self.rules if isinstance(self.rules, tuple) else self.rules(model.config), model.state_dict())
+
+    def entries(self, group: Entries) -> dict[str, Entry]:
+        """What is the network's in a file: names without the prefix where all have it, or those within others."""
+        for prefix, every in ((self.prefix, all), (self.within, any)):
+            if prefix and every(key.startswith(prefix) for key in group):
+                return {key.removeprefix(prefix): entry for key, entry in group.items() if key.startswith(prefix)}
+        return dict(group)
 
     def write(self, model: Model, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of a model under their names."""
@@ -67,7 +92,8 @@ class Format:
 
 @dataclass(frozen=True)
 class Found:
-    """What a file holds: weights under our names, in half precision where the file is, the model's configuration, and what its output means."""
+    """What a file holds: weights under our names, in half precision where the file is, the model's configuration, and
+    what its output means."""
 
     path: Path
     format: Format
@@ -101,7 +127,7 @@ def read(
     source = open_source(path)
     form, alike = _recognise(source, formats, name)
     group = source.group(weights, tuple(form.weights))
-    entries = _without_prefix(source.groups[group], form.prefix)
+    entries = form.entries(source.groups[group])
     shapes = {key: entry.shape for key, entry in entries.items()}
     if not form.match(shapes):
         raise DitkitError(f"{path}: the weights {group!r} are not those of a {form.name}; take others with --weights")
@@ -140,7 +166,7 @@ def _recognise(source: Source, formats: Sequence[Format], name: str | None) -> t
         form
         for form in formats
         if any(
-            form.match({key: entry.shape for key, entry in _without_prefix(group, form.prefix).items()})
+            form.match({key: entry.shape for key, entry in form.entries(group).items()})
             for group in source.groups.values()
         )
     ]
@@ -154,13 +180,6 @@ def _recognise(source: Source, formats: Sequence[Format], name: str | None) -> t
     if not chosen:
         raise DitkitError(f"{source.path} is not of the format {name}: its names are those of {fits[0].name}")
     return chosen[0], tuple(form.name for form in fits if form is not chosen[0])
-
-
-def _without_prefix(group: Entries, prefix: str) -> dict[str, Entry]:
-    """The names without the prefix, where all have it."""
-    if all(key.startswith(prefix) for key in group):
-        return {key.removeprefix(prefix): entry for key, entry in group.items()}
-    return dict(group)
 
 
 def _some(names: Sequence[str]) -> str:
@@ -200,6 +219,24 @@ def _constant(path: str | Path, tensors: Mapping[str, Tensor], constants: Mappin
             raise DitkitError(f"{path}: {name} is not what this model computes: it was trained with other constants")
 
 
+def save(form: Format, model: Model, meaning: Meaning | TokenMeaning, path: str | Path) -> None:
+    """Write the weights of a model in a published layout: a .safetensors file, or a folder of weights and settings.
+
+    Raises DitkitError for what the layout cannot say, and for a path that exists.
+    """
+    path = Path(path)
+    if path.exists():
+        raise DitkitError(f"{path} exists already: choose another")
+    if refusal := form.refusal(model.config, meaning):
+        raise DitkitError(refusal)
+    weights = {name: value.contiguous() for name, value in form.write(model, model.state_dict()).items()}
+    if form.settings is not None:
+        path.mkdir(parents=True)
+        for name, content in form.settings(model.config, meaning).items():
+            (path / name).write_text(json.dumps(content, indent=2) + "\n")
+    save_file(weights, path / form.file, {"format": "pt"})
+
+
 def meta(config: Any) -> Model:
     """The network without memory."""
     with torch.device("meta"):
@@ -214,6 +251,23 @@ def shape(shapes: Shapes, name: str, dims: int) -> tuple[int, ...]:
     if len(found) != dims or min(found) < 1:
         raise DitkitError(f"{name} is {list(found)}, which should have {dims} dimensions, none of them 0")
     return found
+
+
+def settings(source: Source) -> dict[str, Any]:
+    """The config.json of a folder's transformer. Raises DitkitError for a file without its folder."""
+    if source.folder is None:
+        raise DitkitError(
+            f"{source.path}: give the folder, not the file: its config.json says how many heads there are"
+        )
+    return source.settings()
+
+
+def integer(settings: Mapping[str, Any], name: str, default: int) -> int:
+    """A number of at least 1 in the config.json of a transformer. Raises DitkitError."""
+    value = settings.get(name, default)
+    if type(value) is not int or value < 1:
+        raise DitkitError(f"transformer/config.json: {name} is {value!r}, not a number of at least 1")
+    return value
 
 
 def block_count(shapes: Shapes, stem: str) -> int:
@@ -240,6 +294,7 @@ def _agrees(config: Any, values: Mapping[str, Any]) -> bool:
 _SIZE = (
     "depth", "hidden_size", "num_heads", "patch_size", "conditioning", "bottleneck_dim", "in_context_start",
     "model_channels", "channel_mult", "num_res_blocks", "attention_resolutions",
+    "self_attention",
 )  # fmt: skip
 
 

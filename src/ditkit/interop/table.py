@@ -20,23 +20,31 @@ class Rule:
 
     Several of their names: ours is their concatenation (a fused q, k, v). Theirs has a `#` and ours has none: they keep
     a copy in each block. None of theirs: it is not in their files, and `value` computes it from the shape. A `part`:
-    theirs is the concatenation of several of ours, of which this is number `part` (their fused q, k, v).
+    theirs is the concatenation of several of ours, of which this is number `part` (their fused q, k, v). rows: those of
+    each of several, where they are not equal (q, k, v and an MLP in one). swapped: theirs has its first and second half
+    in the other order (scale before shift).
     """
 
     ours: str
     theirs: tuple[str, ...]
     value: Callable[[tuple[int, ...]], Tensor] | None = None
     part: int | None = None
+    rows: tuple[int, ...] = ()
+    swapped: bool = False
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One of our tensors, and theirs that hold it: `how` is same, fused, part, copies or computed."""
+    """One of our tensors, and theirs that hold it: `how` is same, swapped, fused, part, copies or computed."""
 
     ours: str
     theirs: tuple[str, ...]
     how: str
     rule: Rule
+
+    def rows(self, ours: int) -> list[int]:
+        """How many rows of ours each of theirs has, where ours is their concatenation."""
+        return list(self.rule.rows) or [ours // len(self.theirs)] * len(self.theirs)
 
 
 def pairs(rules: Iterable[Rule], names: Iterable[str]) -> list[Pair]:
@@ -58,8 +66,8 @@ def _pair(rules: tuple[Rule, ...], name: str, blocks: list[int]) -> Pair:
             theirs = tuple(t.replace("#", parts["block"]) for t in theirs)
         if any("#" in t for t in theirs):
             return Pair(name, tuple(t.replace("#", str(i)) for t in theirs for i in blocks), "copies", rule)
-        how = "computed" if not theirs else "fused" if len(theirs) > 1 else "same"
-        how = how if rule.part is None else "part"
+        alone = "swapped" if rule.swapped else "same" if rule.part is None else "part"
+        how = "computed" if not theirs else "fused" if len(theirs) > 1 else alone
         return Pair(name, theirs, how, rule)
     raise KeyError(name)
 
@@ -78,12 +86,17 @@ def their_shapes(table: Sequence[Pair], ours: Mapping[str, tuple[int, ...]]) -> 
     """The shapes of their tensors, by name, from those of ours."""
     found: dict[str, tuple[int, ...]] = {}
     for pair in table:
-        first, *rest = ours[pair.ours] or (1,)
-        for name in pair.theirs:
-            found[name] = (first // len(pair.theirs), *rest) if pair.how == "fused" else ours[pair.ours]
+        shape = ours[pair.ours]
+        fused = [(rows, *shape[1:]) for rows in pair.rows(shape[0])] if pair.how == "fused" else None
+        found |= zip(pair.theirs, fused or [shape] * len(pair.theirs), strict=True)
     for name, parts in _shared(table).items():
         found[name] = (sum(ours[part][0] for part in parts), *ours[parts[0]][1:])
     return found
+
+
+def _swapped(x: Tensor) -> Tensor:
+    first, second = x.chunk(2)
+    return torch.cat((second, first))
 
 
 def read_table(table: Sequence[Pair], tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict:
@@ -95,6 +108,8 @@ def read_table(table: Sequence[Pair], tensors: Mapping[str, Tensor], shapes: Map
         given = [tensors[name] for name in pair.theirs]
         if pair.how == "fused":
             found[pair.ours] = torch.cat(given)
+        elif pair.how == "swapped":
+            found[pair.ours] = _swapped(given[0])
         elif pair.how == "computed":
             assert pair.rule.value is not None
             found[pair.ours] = pair.rule.value(shapes[pair.ours])
@@ -115,7 +130,9 @@ def write_table(table: Sequence[Pair], tensors: Mapping[str, Tensor]) -> dict[st
     for pair in table:
         ours = tensors[pair.ours]
         if pair.how == "fused":
-            found |= zip(pair.theirs, (part.clone() for part in ours.chunk(len(pair.theirs))), strict=True)
+            found |= zip(pair.theirs, (part.clone() for part in ours.split(pair.rows(len(ours)))), strict=True)
+        elif pair.how == "swapped":
+            found[pair.theirs[0]] = _swapped(ours)
         elif pair.how == "copies":
             found |= {name: ours.clone() for name in pair.theirs}
         elif pair.how == "same":

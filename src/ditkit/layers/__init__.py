@@ -1,20 +1,32 @@
 """The small set of layers that every family is built from; no model is named here."""
 
-from .attention import Attention, CrossAttention, QKNorm, attend
+from .attention import Attention, CrossAttention, QKNorm, attend, attend_self, key_mask
 from .blocks import (
     AdaLNBlock,
     AdaLNZeroBlock,
     CrossBlock,
+    DualBlock,
     Edit,
     FinalLayer,
     GatedCrossBlock,
+    ParallelBlock,
     PlainBlock,
     SandwichBlock,
+    Stream,
     refined,
     visit,
 )
 from .convolution import AttentionBlock, Downsample, GroupNorm, ResBlock, Upsample
-from .embeddings import LabelEmbedder, TimestepEmbedder, TokenEmbedder, check_label, positions_2d, sincos_2d, sinusoid
+from .embeddings import (
+    LabelEmbedder,
+    TimestepEmbedder,
+    TokenEmbedder,
+    VectorEmbedder,
+    check_label,
+    positions_2d,
+    sincos_2d,
+    sinusoid,
+)
 from .init import init_adaln_zero, init_convolutional
 from .mlp import Activation, Mlp, SwiGLU
 from .modulation import adaln, modulate, over_tokens
@@ -45,6 +57,7 @@ __all__ = [
     "CrossAttention",
     "CrossBlock",
     "Downsample",
+    "DualBlock",
     "Edit",
     "FinalLayer",
     "GatedCrossBlock",
@@ -54,6 +67,7 @@ __all__ = [
     "Mlp",
     "Nabla",
     "Pairs",
+    "ParallelBlock",
     "PatchEmbed",
     "PatchOrder",
     "Pattern",
@@ -64,13 +78,16 @@ __all__ = [
     "Rule",
     "SandwichBlock",
     "SlidingTiles",
+    "Stream",
     "SwiGLU",
     "TimestepEmbedder",
     "TokenEmbedder",
     "Upsample",
+    "VectorEmbedder",
     "adaln",
     "arrange",
     "attend",
+    "attend_self",
     "axial_angles",
     "check_heads_2d",
     "check_heads_even",
@@ -78,6 +95,7 @@ __all__ = [
     "grid_angles",
     "init_adaln_zero",
     "init_convolutional",
+    "key_mask",
     "layer_norm",
     "modulate",
     "over_heads",

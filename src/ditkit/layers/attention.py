@@ -13,7 +13,7 @@ from .norms import RMSNorm
 from .patterns import Mask, attend_blocks
 from .rope import Pairs, rotate
 
-__all__ = ["Attention", "CrossAttention", "QKNorm", "attend"]
+__all__ = ["Attention", "CrossAttention", "QKNorm", "attend", "attend_self", "key_mask"]
 
 QKNorm = Literal["head", "across"] | None
 """RMS norm of q and k: of each head, of all heads as one vector, or none."""
@@ -38,6 +38,29 @@ def attend(
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         return attend_blocks(q, k, v, mask, dropout)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, enable_gqa=grouped)
+
+
+def attend_self(
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b g n d"],
+    v: Float[Tensor, "b g n d"],
+    mask: Mask | None = None,
+    dropout: float = 0.0,
+    identity: Bool[Tensor, "b"] | None = None,
+) -> Float[Tensor, "b h n d"]:
+    """`attend` of tokens to themselves. identity: True in the rows of the batch whose attention map is the identity:
+    each token sees itself alone (perturbed attention, Ahn et al. 2024)."""
+    out = attend(q, k, v, mask, dropout)
+    if identity is None:
+        return out
+    own = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    return torch.where(identity[:, None, None, None], own, out)
+
+
+def key_mask(given: Bool[Tensor, "b l"], others: int) -> Bool[Tensor, "b 1 1 l+o"]:
+    """The keys that every query may attend to: given tokens as their mask says, then `others` that all are real."""
+    real = given.new_ones(given.shape[0], others)
+    return torch.cat((given, real), dim=1)[:, None, None]
 
 
 def _split(x: Float[Tensor, "b n d"], heads: int) -> Float[Tensor, "b h n hd"]:
@@ -70,7 +93,8 @@ class Attention(nn.Module):
 
     qk_norm: see `QKNorm`; `eps` is that of the norm. out_bias: of the output Linear, if it is not `bias`. kv_heads:
     heads of k and v where they are fewer. head_dim: where it is not dim / heads. pairs: which channels RoPE turns
-    together. Joint attention of two streams projects each with its own module, attends once, and merges each.
+    together. project_out: False where nothing reads the result, but others attend to these tokens. Joint attention of
+    two streams projects each with its own module, attends once, and merges each.
     Raises ValueError for sizes that do not fit together.
     """
 
@@ -89,6 +113,7 @@ class Attention(nn.Module):
         pairs: Pairs = "neighbours",
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        project_out: bool = True,
     ):
         super().__init__()
         head_dim, kv_heads = _head_dim(dim, heads, head_dim), kv_heads or heads
@@ -106,7 +131,8 @@ class Attention(nn.Module):
         self.fused = fused
         self.q_norm = _norm(qk_norm, head_dim, heads, eps)
         self.k_norm = _norm(qk_norm, head_dim, kv_heads, eps)
-        self.proj = nn.Linear(heads * head_dim, dim, bias=bias if out_bias is None else out_bias)
+        out_bias = bias if out_bias is None else out_bias
+        self.proj = nn.Linear(heads * head_dim, dim, bias=out_bias) if project_out else nn.Identity()
         self.proj_drop = nn.Dropout(proj_drop)
 
     def project(
@@ -132,14 +158,9 @@ class Attention(nn.Module):
         *,
         identity: Bool[Tensor, "b"] | None = None,
     ) -> Float[Tensor, "b n d"]:
-        """mask: True = may be attended. identity: True in the rows of the batch whose attention map is the identity:
-        each token sees itself alone (perturbed attention, Ahn et al. 2024)."""
+        """mask: True = may be attended. identity: see `attend_self`."""
         q, k, v = self.project(x, rope)
-        out = attend(q, k, v, mask, self.attn_drop if self.training else 0.0)
-        if identity is not None:
-            own = v.repeat_interleave(self.heads // self.kv_heads, dim=1)
-            out = torch.where(identity[:, None, None, None], own, out)
-        return self.merge(out)
+        return self.merge(attend_self(q, k, v, mask, self.attn_drop if self.training else 0.0, identity))
 
 
 class CrossAttention(nn.Module):

@@ -8,7 +8,16 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-__all__ = ["LabelEmbedder", "TimestepEmbedder", "TokenEmbedder", "check_label", "positions_2d", "sincos_2d", "sinusoid"]
+__all__ = [
+    "LabelEmbedder",
+    "TimestepEmbedder",
+    "TokenEmbedder",
+    "VectorEmbedder",
+    "check_label",
+    "positions_2d",
+    "sincos_2d",
+    "sinusoid",
+]
 
 
 def sinusoid(t: Float[Tensor, "b"], dim: int, shift: int = 0) -> Float[Tensor, "b dim"]:
@@ -25,12 +34,16 @@ def sinusoid(t: Float[Tensor, "b"], dim: int, shift: int = 0) -> Float[Tensor, "
 
 
 class TimestepEmbedder(nn.Module):
-    """A sinusoid of the model's own time, then Linear, SiLU, Linear; `hidden` wide in between, if that is not `dim`."""
+    """A sinusoid of the model's own time, or of another number, then Linear, SiLU, Linear.
 
-    def __init__(self, dim: int, frequencies: int = 256, shift: int = 0, hidden: int | None = None):
+    hidden: the width in between, if it is not `dim`. bias: of both Linears.
+    """
+
+    def __init__(self, dim: int, frequencies: int = 256, shift: int = 0, hidden: int | None = None, bias: bool = True):
         super().__init__()
         self.frequencies, self.shift, hidden = frequencies, shift, hidden or dim
-        self.mlp = nn.Sequential(nn.Linear(frequencies, hidden), nn.SiLU(), nn.Linear(hidden, dim))
+        first, last = nn.Linear(frequencies, hidden, bias=bias), nn.Linear(hidden, dim, bias=bias)
+        self.mlp = nn.Sequential(first, nn.SiLU(), last)
 
     def forward(self, t: Float[Tensor, "b"]) -> Float[Tensor, "b d"]:
         return self.mlp(sinusoid(t, self.frequencies, self.shift).to(next(self.mlp.parameters()).dtype))
@@ -41,6 +54,17 @@ def check_label(label: Int[Tensor, "b"] | None, classes: int) -> None:
     if (label is None) != (classes == 0):
         given = "no label was given" if label is None else "a label was given"
         raise ValueError(f"the model has num_classes={classes} and {given}")
+
+
+class VectorEmbedder(nn.Module):
+    """A vector that is given, such as a pooled text, through Linear, SiLU, Linear."""
+
+    def __init__(self, given: int, dim: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(given, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, vector: Float[Tensor, "b g"]) -> Float[Tensor, "b d"]:
+        return self.mlp(vector.to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -75,15 +99,19 @@ class TokenEmbedder(nn.Embedding):
         return input.to(self.weight.dtype) @ self.weight if soft else super().forward(input)
 
 
-def sincos_2d(dim: int, grid: tuple[int, int], device: torch.device | None = None) -> Float[Tensor, "1 n d"]:
+def sincos_2d(
+    dim: int, grid: tuple[int, int], device: torch.device | None = None, *, start: float = 0.0, step: float = 1.0
+) -> Float[Tensor, "1 n d"]:
     """Fixed positions of a grid of patches: the first half of the channels says the column, the second the row.
+
+    Patches are at `start`, `start` + `step`, ... along both axes.
 
     Within each half first all sines, then all cosines, with frequencies 10000^(-i/(dim/4)); float64, then float32.
     The column comes first because MAE built its grid so; DiT and JiT inherited it.
     """
     if dim % 4:
         raise ValueError(f"hidden_size {dim} is not divisible by 4, which 2-D sine-cosine positions need")
-    rows, columns = (torch.arange(n, dtype=torch.float64, device=device) for n in grid)
+    rows, columns = (start + step * torch.arange(n, dtype=torch.float64, device=device) for n in grid)
     row, column = torch.meshgrid(rows, columns, indexing="ij")
     frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64, device=device) / (dim / 4))
     halves = []

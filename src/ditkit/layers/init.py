@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable
 
 from torch import Generator, nn
 
-from .blocks import AdaLNZeroBlock, FinalLayer, GatedCrossBlock, SandwichBlock
+from .blocks import AdaLNZeroBlock, FinalLayer, GatedCrossBlock, ParallelBlock, SandwichBlock, Stream
 from .convolution import AttentionBlock, ResBlock
-from .embeddings import LabelEmbedder, TimestepEmbedder
+from .embeddings import LabelEmbedder, TimestepEmbedder, VectorEmbedder
 from .norms import RMSNorm
 
 __all__ = ["init_adaln_zero", "init_convolutional"]
 
-_FROM_ZERO = (AdaLNZeroBlock, GatedCrossBlock, SandwichBlock, FinalLayer)
+_FROM_ZERO = (AdaLNZeroBlock, GatedCrossBlock, SandwichBlock, Stream, ParallelBlock, FinalLayer)
 """Modules whose modulation starts at 0."""
 
 
@@ -21,8 +21,9 @@ def init_adaln_zero(model: nn.Module, generator: Callable[[str], Generator]) -> 
     """The initial weights of DiT, which its successors kept.
 
     Xavier uniform for every Linear and for patch convolutions seen as Linears, biases 0, norms 1; N(0, .02) for label
-    tables and time MLPs; 0 for the modulations of gated blocks and of the output, and for the output itself, so that
-    each gated block starts as the identity. The modulations of blocks without gates are Linears as all others.
+    tables and the MLPs of times and vectors; 0 for the modulations of gated blocks and of the output, and for the
+    output itself, so that each gated block starts as the identity. The modulations of blocks without gates are Linears
+    as all others.
     `generator` gives a private generator for a name.
     """
     for name, module in model.named_modules():
@@ -35,7 +36,7 @@ def init_adaln_zero(model: nn.Module, generator: Callable[[str], Generator]) -> 
             if isinstance(module, nn.LayerNorm) and module.bias is not None:
                 nn.init.zeros_(module.bias)
     for name, module in model.named_modules():
-        if isinstance(module, TimestepEmbedder | LabelEmbedder):
+        if isinstance(module, TimestepEmbedder | VectorEmbedder | LabelEmbedder):
             for key, weight in module.named_parameters():
                 if key.endswith("weight"):
                     nn.init.normal_(weight, std=0.02, generator=generator(f"{name}.{key}"))

@@ -8,6 +8,7 @@ from .lightningdit import LightningDiT, LightningDiTConfig
 from .lora import LoRAConfig, adapters, base_weights, merged, unadapted
 from .lumina2 import Lumina2, Lumina2Config
 from .mlp import MLP, MLPConfig
+from .mmdit import MMDiT, MMDiTConfig
 from .registry import ImageConfig, Model, ModelConfig, Plan, TokenConfig, create_model, list_models, model_config
 from .resnet import ResNet, ResNetConfig
 from .unet import UNet, UNetConfig
@@ -30,6 +31,8 @@ __all__ = [
     "Lumina2",
     "Lumina2Config",
     "MLPConfig",
+    "MMDiT",
+    "MMDiTConfig",
     "Model",
     "ModelConfig",
     "Plan",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..conditioning import Conditioning, Tokens
@@ -25,6 +26,7 @@ __all__ = [
     "TokenConfig",
     "at_least_one",
     "create_model",
+    "given_pooled",
     "given_text",
     "instantiate",
     "list_models",
@@ -214,6 +216,18 @@ def given_text(cond: Conditioning, channels: int) -> Tokens:
             f"{list(cond.text.values.shape)}: change text_dim"
         )
     return cond.text
+
+
+def given_pooled(cond: Conditioning, channels: int) -> Float[Tensor, "b d"]:
+    """The pooled text. Raises ValueError if there is none, or of other channels than `pooled_dim`."""
+    if cond.pooled is None:
+        raise ValueError(f"the model takes a pooled text [b {channels}], and none was given")
+    if cond.pooled.shape[-1] != channels:
+        raise ValueError(
+            f"the model takes a pooled text [b {channels}] (pooled_dim={channels}), and was given "
+            f"{list(cond.pooled.shape)}: change pooled_dim"
+        )
+    return cond.pooled
 
 
 M = TypeVar("M", bound=Model)
