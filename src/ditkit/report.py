@@ -221,8 +221,9 @@ def lines(curves: Sequence[Line], x: str, y: str, *, log_x: bool = False, log_y:
             axes.plot(curve.x, curve.y, color="#b8c4d6", linewidth=1, label=curve.label)
             continue
         colour, marker = COLOURS[strong % len(COLOURS)], "o" if len(curve.x) <= 20 else None
+        style = "-" if strong < len(COLOURS) else "--"
         strong += 1
-        axes.plot(curve.x, curve.y, color=colour, linewidth=2, marker=marker, markersize=4, label=curve.label)
+        axes.plot(curve.x, curve.y, style, color=colour, linewidth=2, marker=marker, markersize=4, label=curve.label)
         if curve.error is not None:
             axes.errorbar(curve.x, curve.y, curve.error, color=colour, linestyle="none", capsize=3)
     axes.set(xlabel=x, ylabel=y, xscale="log" if log_x else "linear", yscale="log" if log_y else "linear")

@@ -164,18 +164,19 @@ def evaluate(
     return Measurement(numbers, protocol, recipe.evaluate.gates, images, labels)
 
 
-def measure_kid(path: str | Path, *, seed: int = 0, device: str = "auto") -> Measurement:
-    """The kernel distance alone, with the run's own settings: what a comparison of many runs needs.
+def measure_kid(path: str | Path, *, seed: int = 0, device: str = "auto", **settings: Any) -> Measurement:
+    """The kernel distance alone, with the run's own settings or others: what a comparison of many runs needs.
 
-    The reference is read and looked at once in a process. Raises DitkitError as `evaluate`.
+    settings: fields of `Sample`. The reference is read and looked at once in a process. Raises DitkitError as
+    `evaluate`.
     """
     pipeline = load(path, device=device)
-    settings, count = pipeline.recipe.evaluate, pipeline.recipe.evaluate.samples
-    features, reference, source = _reference(pipeline.recipe.data, settings.size, str(pipeline.device))
+    size, count = pipeline.recipe.evaluate.size, pipeline.recipe.evaluate.samples
+    features, reference, source = _reference(pipeline.recipe.data, size, str(pipeline.device))
     labels = pipeline.labels(None, count)
-    images = pipeline.sample(labels, count, seed=seed)
+    images = pipeline.sample(labels, count, seed=seed, **settings)
     estimate = kernel_distance(features(images), reference)
-    protocol = sampling_protocol(pipeline, pipeline.settings(), count, seed)
+    protocol = sampling_protocol(pipeline, pipeline.settings(**settings), count, seed)
     protocol |= {"reference": f"held-out part of {source}", "reference_images": len(reference)}
     protocol |= {"features": _features_protocol(features), **provenance()}
     return Measurement({"kid": estimate.value, "kid_error": estimate.error}, protocol, (), images, labels)

@@ -9,6 +9,7 @@ from .conditioning import conditioning
 from .manifold import manifold
 from .prediction_loss import prediction_loss
 from .runner import compare, read_results, write_report
+from .solvers import solvers
 from .study import Cell, Claim, Finding, Results, Study, Verdict
 
 __all__ = [
@@ -31,6 +32,7 @@ _NAMED: dict[str, Callable[[str], Study]] = {
     "conditioning": conditioning,
     "manifold": manifold,
     "prediction-loss": prediction_loss,
+    "solvers": solvers,
 }
 
 
