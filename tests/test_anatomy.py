@@ -11,7 +11,9 @@ from PIL import Image
 
 from ditkit.anatomy import Part, anatomy, drawing, used_layers
 from ditkit.cli import main
-from ditkit.models import DiTConfig, JiTConfig, model_config
+from ditkit.config import names
+from ditkit.families import families, markdown, traits
+from ditkit.models import DDiTConfig, DiTConfig, JiTConfig, model_config
 from ditkit.report import drawn
 
 DIT = DiTConfig(input_size=8, hidden_size=16, depth=3, num_heads=2, num_classes=5)
@@ -69,3 +71,27 @@ def test_the_command_draws_one_model(tmp_path: Path, capsys: pytest.CaptureFixtu
     for words, said in ((["dit_s_*"], "is for one model, and 3 match"), (["dit_s_4"], "writes a .png file")):
         assert main(["models", *words, "--draw", str(tmp_path / "dit.svg")]) == 1
         assert said in capsys.readouterr().err
+
+
+def test_traits_are_those_of_the_papers() -> None:
+    dit, jit = traits(DIT), traits(JIT)
+    assert dit["blocks"] == "3 AdaLNZeroBlock"
+    assert dit["given"] == "time, label"
+    assert dit["modulation"] == "(1 + scale), shift, gate"
+    assert (dit["norm of q and k"], jit["norm of q and k"]) == ("none", "RMSNorm, weight")
+    assert (dit["positions"], jit["positions"]) == ("a table", "RoPE, a table")
+    assert (dit["MLP"], jit["MLP"]) == ("Mlp (GELU, tanh form)", "SwiGLU (SiLU, value)")
+    assert dit["meaning"] == "eps on DDPM, clock index, -velocity on Linear, clock 1-t"
+    assert traits(DDiTConfig())["meaning"] == "ours to choose"
+
+
+def test_every_family_is_on_the_page_with_its_sizes() -> None:
+    own = families()
+    assert set(own) == set(names("model")) - {"lora", "mlp"}
+    assert sorted(name for sizes in own.values() for name in sizes) == sorted(names("size"))
+    assert own["jit"][0] == "jit_b_16"
+
+
+@pytest.mark.slow
+def test_the_page_in_docs_is_what_the_code_says() -> None:
+    assert (Path(__file__).parents[1] / "docs" / "families.md").read_text() == markdown()

@@ -6,7 +6,10 @@ a block shows (attention, nonlinearities, modulation, gates, residual sums).
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -66,7 +69,8 @@ def anatomy(config: ModelConfig) -> Anatomy:
     def watch(site: str, block: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Any:
         with _Watch(block, (x, *args)) as seen:
             out = block(x, *args, **kwargs)
-        key = (re.sub(r"\.\d+(\.|$)", r".#\1", site), seen.root.text())
+        # blocks that do the same at another width are of one kind
+        key = (re.sub(r"\.\d+(\.|$)", r".#\1", site), re.sub(r"\d+", "#", seen.root.text()))
         first.setdefault(key, seen.root)
         count[key] = count.get(key, 0) + 1
         return out
@@ -98,7 +102,8 @@ class _Watch(TorchFunctionMode):
         self.kept: list[Any] = []
         leaves = [x for x in tree_leaves(tuple(given)) if isinstance(x, Tensor)]
         streams = tree_leaves(given[0])
-        self.widths = {x.shape[-1] for x in streams if isinstance(x, Tensor)}
+        self.widths = {x.shape[-1] for x in streams if isinstance(x, Tensor) and x.ndim == 3}
+        self.maps = any(isinstance(x, Tensor) and x.ndim == 4 for x in streams)
         for x in leaves:
             if x.ndim >= 3 and x.shape[0] == 2 and x.is_floating_point() and not any(x is s for s in streams):
                 self._mean(x, "rotation")
@@ -169,11 +174,12 @@ class _Watch(TorchFunctionMode):
             self._note("× value", "activation")
 
     def _sum(self, args: Any, out: Tensor) -> None:
-        if out.ndim != 3 or out.shape[-1] not in self.widths:
+        maps = self.maps and out.ndim == 4
+        if not maps and (out.ndim != 3 or out.shape[-1] not in self.widths):
             return
         if args[0].shape == args[1].shape:
             self._note("+ residual", "sum")
-        elif _for_all_tokens(args):
+        elif (maps and 1 == args[1].shape[-1] == args[1].shape[-2]) or _for_all_tokens(args):
             self._note("+ shift", "modulation")
 
 
@@ -210,16 +216,15 @@ def _attention(args: Any, kwargs: Any) -> str:
 
 def used_layers(config: ModelConfig) -> set[str]:
     """The layers, modules and functions, that a family is made of: those that its file imports or its model holds."""
-    import inspect
-
     with torch.device("meta"):
         model = config.build()
-    held = {type(module).__name__ for module in model.modules()} & set(layers.__all__)
-    source = inspect.getsource(inspect.getmodule(type(model)) or torch)
-    return held | {name for name in layers.__all__ if re.search(rf"\b{name}\b", source)}
+    held = {type(module).__name__ for module in model.modules()}
+    tree = ast.parse(inspect.getsource(sys.modules[type(model).__module__]))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "layers"]
+    return (held | {alias.name for node in imports for alias in node.names}) & set(layers.__all__)
 
 
-_END = Part("", "", "end")
+_END = Part("", "", "end")  # of a frame, in a drawing
 
 
 def _height(part: Part) -> float:
@@ -238,14 +243,17 @@ def drawing(blocks: Sequence[tuple[str, int, Part]], title: str) -> Figure:
 
     Raises DitkitError without matplotlib.
     """
-    rows = max(sum(map(_height, part.parts)) for _, _, part in blocks)
-    picture = figure(4.2 * len(blocks), 0.34 * (rows + 2.5))
+    across = min(4, len(blocks))
+    lines = [blocks[i : i + across] for i in range(0, len(blocks), across)]
+    heights = [max(sum(map(_height, part.parts)) for _, _, part in line) for line in lines]
+    picture = figure(4.2 * across, 0.34 * (sum(heights) + 1.5 * len(lines) + 1))
     from matplotlib.patches import FancyBboxPatch
 
     picture.suptitle(title)
-    for column, (site, count, part) in enumerate(blocks):
-        axes = picture.add_subplot(1, len(blocks), column + 1)
-        axes.set(xlim=(0, 10), ylim=(-rows, 0))
+    grid = picture.add_gridspec(len(lines), across, height_ratios=heights)
+    for at, (site, count, part) in enumerate(blocks):
+        axes = picture.add_subplot(grid[at // across, at % across])
+        axes.set(xlim=(0, 10), ylim=(-heights[at // across], 0))
         axes.axis("off")
         axes.set_title(f"{site} x {count}: {part.label}", fontsize=10)
         waiting, top = [(inner, 0.1) for inner in reversed(part.parts)], 0.0

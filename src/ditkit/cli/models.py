@@ -13,6 +13,9 @@ __all__ = ["arguments", "described", "run"]
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pattern", metavar="GLOB", nargs="?", default="*", help='such as "jit_*_16" (default: all)')
+    parser.add_argument(
+        "--families", type=Path, metavar="DIR", help="write the page of all families, with pictures of their blocks"
+    )
     parser.add_argument("--draw", type=Path, metavar="FILE", help="draw the blocks of one model, as .png")
 
 
@@ -23,6 +26,11 @@ def described(shape: Sequence[int], vocab: int) -> str:
 
 
 def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    if args.families is not None:
+        from ..families import write_page
+
+        print(f"written: {write_page(args.families)}")
+        return 0
     import torch
 
     from ..models import create_model, list_models

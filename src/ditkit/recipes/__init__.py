@@ -9,15 +9,17 @@ from ..recipe import Recipe
 from . import dit, jit, lightningdit, repa, sit
 from .captions import captions, captions_uniform
 from .digits import demo, digits
+from .families import FAMILIES
 from .folder import folder
 
-__all__ = ["PUBLISHED", "captions", "captions_uniform", "demo", "digits", "find_recipe", "folder"]
+__all__ = ["FAMILIES", "PUBLISHED", "captions", "captions_uniform", "demo", "digits", "find_recipe", "folder"]
 
 _NAMED: dict[str, Callable[[], Recipe]] = {
     "digits": digits,
     "demo": demo,
     "captions": captions,
     "captions_uniform": captions_uniform,
+    **FAMILIES,
 }
 
 PUBLISHED: dict[str, Callable[[str], Recipe]] = {
