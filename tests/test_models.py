@@ -40,6 +40,7 @@ from ditkit.models import (
     DraxConfig,
     JiT,
     JiTConfig,
+    Kandinsky5Config,
     LightningDiTConfig,
     LoRAConfig,
     Lumina2Config,
@@ -136,6 +137,7 @@ def test_every_family_has_a_tiny_one() -> None:
     assert {type(c) for c in ALL.values()} == {lookup("model", name) for name in names("model")} - {
         DDiTConfig,
         DraxConfig,
+        Kandinsky5Config,
         LoRAConfig,
         Lumina2Config,
         MLPConfig,
@@ -220,7 +222,8 @@ def test_every_name_is_in_a_table() -> None:
         "z_image",
         "z_image_tiny",
         "unet_tiny",
-    }  # test_ddit.py, test_drax.py, test_single_stream.py, test_text_models.py, test_unet.py
+        *list_models("kandinsky5_*"),
+    }  # test_ddit.py, test_drax.py, test_kandinsky5.py, test_single_stream.py, test_text_models.py, test_unet.py
     assert set(list_models()) == {*DIT, *sit, *WAYS, *JIT, *PAPER, *LIGHTNING, *ADM, *RESNET, *elsewhere}
     assert all(model_config(name) == model_config(same) for name, same in sit.items())  # one network, two processes
 

@@ -139,6 +139,11 @@ def _codec(found: Found, autoencoder: str | None) -> Any:
         if autoencoder is not None:
             raise DitkitError(f"{found.format.title} works on pixels: leave out --autoencoder")
         return Pixels()
+    if len(found.config.shape) != 3:
+        raise DitkitError(
+            f"{found.path} is a {found.format.title}, a network of videos, for which there is no codec yet: read it in "
+            "Python with ditkit.interop.read"
+        )
     codec = Autoencoder(channels=found.config.in_channels)
     inside = None if found.source.folder is None else found.source.folder / "vae"
     if autoencoder is None and (inside is None or not inside.is_dir()):

@@ -108,11 +108,12 @@ def cost(config: ModelConfig, *, resolution: int | None = None, batch: int = 1, 
         shape = (*shape[:-2], resolution, resolution)
     config = config.fitted(shape, classes, config.vocab)
     with torch.device("meta"):
-        parameters = list(config.build().parameters())
-    count = sum(p.numel() for p in parameters)
-    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+        model = config.build()
+    count = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     sampling, training = _memory(config, shape, batch, dtype)
-    weights = count * (2 if dtype == "bf16" else 4)
+    # some layers keep their weights in float32
+    weights = sum(p.nbytes for p in (model.bfloat16() if dtype == "bf16" else model).parameters())
     return Cost(
         parameters=count,
         trainable=trainable,
@@ -133,6 +134,7 @@ def _memory(config: ModelConfig, shape: tuple[int, ...], batch: int, dtype: str)
     low = dtype == "bf16"
     with torch.device("meta"):
         model = config.build()
+    kinds = {name: p.dtype for name, p in (model.bfloat16() if low else model).named_parameters()}
     with FakeTensorMode():
         weights = {name: torch.empty(p.shape, requires_grad=p.requires_grad) for name, p in model.named_parameters()}
         x, t, given = _x(config, batch, shape), torch.empty(batch), config.example(batch)
@@ -144,10 +146,8 @@ def _memory(config: ModelConfig, shape: tuple[int, ...], batch: int, dtype: str)
 
         training = peak_bytes(step)
         if low:
-            weights, x = (
-                {name: w.detach().bfloat16() for name, w in weights.items()},
-                x if config.vocab else x.bfloat16(),
-            )
+            weights = {name: w.detach().to(kinds[name]) for name, w in weights.items()}
+            x = x if config.vocab else x.bfloat16()
         with torch.no_grad():
             sampling = peak_bytes(lambda: functional_call(model, weights, (x, t, given)))
     return sampling, training

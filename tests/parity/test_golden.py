@@ -48,8 +48,10 @@ from ditkit.diffusion import (
     integrate,
     row,
 )
-from ditkit.interop import DRAX, FORMATS, read, unet_config
-from ditkit.models import DiT, DiTConfig, DraxConfig, JiT, JiTConfig
+from ditkit.interop import DRAX, FORMATS, KANDINSKY5, read, unet_config
+from ditkit.interop.table import read_table
+from ditkit.layers import Nabla, Pattern
+from ditkit.models import DiT, DiTConfig, DraxConfig, JiT, JiTConfig, Kandinsky5Config
 from ditkit.rng import Replay
 
 FOLDER = Path(os.environ.get("DITKIT_GOLDEN", Path(__file__).parents[1] / "golden"))
@@ -317,10 +319,49 @@ def check_adm(golden: Golden) -> None:
     one_pass(model(golden["x"], golden["t"], Conditioning(label=label)), golden["out"])
 
 
+def check_kandinsky5(golden: Golden) -> None:
+    """Plain, with a mask of the text, and with Nabla. Theirs are [t h w c], one sample, all channels joined."""
+    config, nabla = golden.json("config"), golden.json("nabla")
+    assert nabla["block"] == nabla["tile"] ** 2
+    x, mask = golden["x"].permute(3, 0, 1, 2)[None], golden["text_mask"].bool()
+    own = config["in_visual_dim"]
+    weights = golden.under("weights/")
+
+    def out(pattern: Pattern | None, mask: Tensor) -> Tensor:
+        model = Kandinsky5Config(
+            patch_size=tuple(config["patch_size"]),
+            in_channels=own,
+            given_channels=config["visual_cond"],
+            hidden_size=config["model_dim"],
+            ff_dim=config["ff_dim"],
+            time_dim=config["time_dim"],
+            text_depth=config["num_text_blocks"],
+            depth=config["num_visual_blocks"],
+            axes=tuple(config["axes_dims"]),
+            text_dim=config["in_text_dim"],
+            pooled_dim=config["in_text_dim2"],
+            scale_factor=tuple(json.loads(golden.meta["scale_factor"])),
+            pattern=pattern,
+        ).build()
+        shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        model.load_state_dict(read_table(KANDINSKY5.pairs(model), weights, shapes))
+        channels = x[:, own:] if config["visual_cond"] else None
+        cond = Conditioning(text=Tokens(golden["text"], mask), pooled=golden["pooled"], channels=channels)
+        with torch.no_grad():
+            return model.eval()(x[:, :own], golden["t"], cond)[0].permute(1, 2, 3, 0)
+
+    all_real = torch.ones_like(mask)
+    one_pass(out(None, all_real), golden["out"])
+    one_pass(out(None, mask), golden["out_text_mask"])
+    window, side = (nabla["wT"], nabla["wH"], nabla["wW"]), nabla["tile"]
+    one_pass(out(Nabla(nabla["P"], window, (1, side, side)), all_real), golden["out_nabla"])
+
+
 SYSTEMS = {
     "facebookresearch/DiT": check_dit,
     "LTH14/JiT": check_jit,
     "aiola-lab/drax": check_drax,
+    "kandinskylab/kandinsky-5": check_kandinsky5,
     "willisma/SiT transport": check_sit_transport,
     "openai/guided-diffusion UNetModel": check_adm,
 }

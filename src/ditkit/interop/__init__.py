@@ -5,6 +5,7 @@ from .dit import DIFFUSERS, DIT, SIT, diffusers_settings
 from .drax import DRAX
 from .format import Format, Found, meta, read, save, size_name
 from .jit import JIT
+from .kandinsky5 import KANDINSKY5, kandinsky5_settings
 from .lumina2 import LUMINA2, LUMINA2_OFFICIAL, lumina2_settings
 from .mmdit import DIFFUSERS_SD3, SD3
 from .source import open_source, read_json
@@ -16,6 +17,7 @@ FORMATS = (
     DIT,
     SIT,
     JIT,
+    KANDINSKY5,
     ADM,
     SD3,
     DIFFUSERS,
@@ -36,6 +38,7 @@ __all__ = [
     "DRAX",
     "FORMATS",
     "JIT",
+    "KANDINSKY5",
     "LUMINA2",
     "LUMINA2_OFFICIAL",
     "SD3",
@@ -47,6 +50,7 @@ __all__ = [
     "Rule",
     "Transfer",
     "diffusers_settings",
+    "kandinsky5_settings",
     "lumina2_settings",
     "meta",
     "open_source",

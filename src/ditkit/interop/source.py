@@ -68,7 +68,8 @@ class Source:
         """The config.json of the transformer in a folder of diffusers; empty for a file."""
         if self.folder is None:
             return {}
-        return read_json((self.path / "transformer" if self.path == self.folder else self.path) / "config.json")
+        inner = self.path / "transformer"
+        return read_json((inner if inner.is_dir() else self.path) / "config.json")
 
     def json(self, name: str) -> dict[str, Any]:
         """A JSON file of the folder, such as "scheduler/scheduler_config.json"; empty if it is not there."""

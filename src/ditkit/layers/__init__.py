@@ -33,6 +33,7 @@ from .modulation import adaln, modulate, over_tokens
 from .norms import RMSNorm, layer_norm
 from .patches import BottleneckPatchEmbed, PatchEmbed, PatchOrder, patch_grid, patchify, unpatchify
 from .patterns import Arrangement, Blocks, Mask, Nabla, Pattern, Rule, SlidingTiles, arrange
+from .precision import LayerNorm32, Linear32
 from .rope import (
     Pairs,
     axial_angles,
@@ -63,6 +64,8 @@ __all__ = [
     "GatedCrossBlock",
     "GroupNorm",
     "LabelEmbedder",
+    "LayerNorm32",
+    "Linear32",
     "Mask",
     "Mlp",
     "Nabla",

@@ -115,7 +115,8 @@ class AdaLNBlock(nn.Module):
 class AdaLNZeroBlock(nn.Module):
     """Attention and MLP, each modulated before and gated after by the conditioning (DiT figure 3, adaLN-Zero).
 
-    given: the size of the conditioning, if it is not `dim`.
+    given: the size of the conditioning, if it is not `dim`. precise: modulation and gates in float32, whatever the
+    model is; the norms, which are given, decide for themselves.
     """
 
     def __init__(
@@ -126,10 +127,11 @@ class AdaLNZeroBlock(nn.Module):
         norm2: nn.Module,
         mlp: nn.Module,
         given: int | None = None,
+        precise: bool = False,
     ):
         super().__init__()
         self.norm1, self.attn, self.norm2, self.mlp = norm1, attn, norm2, mlp
-        self.adaLN_modulation = adaln(dim, 6, given)
+        self.adaLN_modulation = adaln(dim, 6, given, precise=precise)
 
     def forward(
         self,
@@ -141,8 +143,10 @@ class AdaLNZeroBlock(nn.Module):
         identity: Bool[Tensor, "b"] | None = None,
     ) -> Float[Tensor, "b n d"]:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
-        x = x + over_tokens(gate1) * self.attn(modulate(self.norm1(x), shift1, scale1), rope, mask, identity=identity)
-        return x + over_tokens(gate2) * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        y = modulate(self.norm1(x), shift1, scale1).to(x.dtype)
+        x = (x + over_tokens(gate1) * self.attn(y, rope, mask, identity=identity)).to(x.dtype)
+        y = modulate(self.norm2(x), shift2, scale2).to(x.dtype)
+        return (x + over_tokens(gate2) * self.mlp(y)).to(x.dtype)
 
 
 class GatedCrossBlock(nn.Module):
@@ -150,7 +154,7 @@ class GatedCrossBlock(nn.Module):
     (Kandinsky 5, arXiv 2511.14993; Drax, arXiv 2510.04162).
 
     cross: takes tokens, or the keys and values that its `keys` made of them. norm_tokens: the norm of the given tokens,
-    where each block has one. given: the size of the conditioning, if it is not `dim`.
+    where each block has one. given, precise: as for `AdaLNZeroBlock`.
     """
 
     def __init__(
@@ -164,11 +168,12 @@ class GatedCrossBlock(nn.Module):
         mlp: nn.Module,
         norm_tokens: nn.Module | None = None,
         given: int | None = None,
+        precise: bool = False,
     ):
         super().__init__()
         self.norm1, self.attn, self.norm_cross, self.norm_tokens = norm1, attn, norm_cross, norm_tokens
         self.cross, self.norm2, self.mlp = cross, norm2, mlp
-        self.adaLN_modulation = adaln(dim, 9, given)
+        self.adaLN_modulation = adaln(dim, 9, given, precise=precise)
 
     def keys(self, tokens: Float[Tensor, "b m g"]) -> tuple[Float[Tensor, "b h m hd"], Float[Tensor, "b h m hd"]]:
         """Keys and values of the given tokens: the same at every step of a trajectory."""
@@ -190,10 +195,13 @@ class GatedCrossBlock(nn.Module):
         if not isinstance(tokens, tuple):
             tokens = self.keys(tokens)
         shift1, scale1, gate1, *cross, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(9, dim=-1)
-        x = x + over_tokens(gate1) * self.attn(modulate(self.norm1(x), shift1, scale1), rope, mask, identity=identity)
         shift, scale, gate = cross
-        x = x + over_tokens(gate) * self.cross(modulate(self.norm_cross(x), shift, scale), tokens, tokens_mask)
-        return x + over_tokens(gate2) * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        y = modulate(self.norm1(x), shift1, scale1).to(x.dtype)
+        x = (x + over_tokens(gate1) * self.attn(y, rope, mask, identity=identity)).to(x.dtype)
+        y = modulate(self.norm_cross(x), shift, scale).to(x.dtype)
+        x = (x + over_tokens(gate) * self.cross(y, tokens, tokens_mask)).to(x.dtype)
+        y = modulate(self.norm2(x), shift2, scale2).to(x.dtype)
+        return (x + over_tokens(gate2) * self.mlp(y)).to(x.dtype)
 
 
 class SandwichBlock(nn.Module):
@@ -372,6 +380,7 @@ class FinalLayer(nn.Module):
     """A norm, modulated unless it is not `adaptive`, and a Linear to the features of a patch or a token.
 
     given: the size of the conditioning, if it is not `dim`. shift: False = the modulation only scales.
+    precise: as for `AdaLNZeroBlock`.
     """
 
     def __init__(
@@ -383,17 +392,18 @@ class FinalLayer(nn.Module):
         given: int | None = None,
         shift: bool = True,
         bias: bool = True,
+        precise: bool = False,
     ):
         super().__init__()
         self.norm_final = norm
         self.linear = nn.Linear(dim, features, bias=bias)
         self.shift = shift
-        self.adaLN_modulation = adaln(dim, 2 if shift else 1, given, bias) if adaptive else None
+        self.adaLN_modulation = adaln(dim, 2 if shift else 1, given, bias, precise=precise) if adaptive else None
 
     def forward(self, x: Float[Tensor, "b n d"], c: Float[Tensor, "b *n g"]) -> Float[Tensor, "b n f"]:
-        x = self.norm_final(x)
+        y = self.norm_final(x)
         if self.adaLN_modulation is not None:
             vectors = self.adaLN_modulation(c)
             shift, scale = vectors.chunk(2, dim=-1) if self.shift else (None, vectors)
-            x = modulate(x, shift, scale)
-        return self.linear(x)
+            y = modulate(y, shift, scale).to(x.dtype)
+        return self.linear(y)

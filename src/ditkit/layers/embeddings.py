@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from .precision import Linear32
+
 __all__ = [
     "LabelEmbedder",
     "TimestepEmbedder",
@@ -36,13 +38,22 @@ def sinusoid(t: Float[Tensor, "b"], dim: int, shift: int = 0) -> Float[Tensor, "
 class TimestepEmbedder(nn.Module):
     """A sinusoid of the model's own time, or of another number, then Linear, SiLU, Linear.
 
-    hidden: the width in between, if it is not `dim`. bias: of both Linears.
+    hidden: the width in between, if it is not `dim`. bias: of both Linears. precise: in float32, whatever the model is.
     """
 
-    def __init__(self, dim: int, frequencies: int = 256, shift: int = 0, hidden: int | None = None, bias: bool = True):
+    def __init__(
+        self,
+        dim: int,
+        frequencies: int = 256,
+        shift: int = 0,
+        hidden: int | None = None,
+        bias: bool = True,
+        precise: bool = False,
+    ):
         super().__init__()
         self.frequencies, self.shift, hidden = frequencies, shift, hidden or dim
-        first, last = nn.Linear(frequencies, hidden, bias=bias), nn.Linear(hidden, dim, bias=bias)
+        linear = Linear32 if precise else nn.Linear
+        first, last = linear(frequencies, hidden, bias=bias), linear(hidden, dim, bias=bias)
         self.mlp = nn.Sequential(first, nn.SiLU(), last)
 
     def forward(self, t: Float[Tensor, "b"]) -> Float[Tensor, "b d"]:

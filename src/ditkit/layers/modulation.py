@@ -5,15 +5,20 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .precision import Linear32
+
 __all__ = ["adaln", "modulate", "over_tokens"]
 
 
-def adaln(dim: int, chunks: int, given: int | None = None, bias: bool = True, silu: bool = True) -> nn.Sequential:
+def adaln(
+    dim: int, chunks: int, given: int | None = None, bias: bool = True, silu: bool = True, precise: bool = False
+) -> nn.Sequential:
     """SiLU and a Linear to `chunks` vectors of size `dim`; zero-initialised by the model for adaLN-Zero.
 
-    given: the size of the vector that they come from, if it is not `dim`. silu: whether the SiLU is there.
+    given: the size of the vector that they come from, if it is not `dim`. silu: whether the SiLU is there. precise: in
+    float32, whatever the model is.
     """
-    linear = nn.Linear(given or dim, chunks * dim, bias=bias)
+    linear = (Linear32 if precise else nn.Linear)(given or dim, chunks * dim, bias=bias)
     return nn.Sequential(nn.SiLU(), linear) if silu else nn.Sequential(linear)
 
 

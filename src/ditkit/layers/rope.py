@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 __all__ = ["Pairs", "axial_angles", "check_heads_2d", "check_heads_even", "grid_angles", "rope_table", "rotate"]
@@ -56,7 +56,7 @@ def rope_table(angles: Float[Tensor, "... n half"], pairs: Pairs = "neighbours")
     return (table.repeat_interleave(2, dim=-1) if pairs == "neighbours" else torch.cat((table, table), dim=-1)).float()
 
 
-def place_rope(place: Int[Tensor, "b n a"], dims: Sequence[int], theta: float = 10000.0) -> Float[Tensor, "b 2 n d"]:
+def place_rope(place: Shaped[Tensor, "b n a"], dims: Sequence[int], theta: float = 10000.0) -> Float[Tensor, "b 2 n d"]:
     """Rotations of tokens that stand at places of their own in each sample; batch-first, as they are prepared."""
     return rope_table(axial_angles(place.unbind(-1), dims, theta)).transpose(0, 1)
 

@@ -4,6 +4,7 @@ from .ddit import DDiT, DDiTConfig
 from .dit import DiT, DiTConfig
 from .drax import Drax, DraxConfig
 from .jit import JiT, JiTConfig
+from .kandinsky5 import Kandinsky5, Kandinsky5Config
 from .lightningdit import LightningDiT, LightningDiTConfig
 from .lora import LoRAConfig, adapters, base_weights, merged, unadapted
 from .lumina2 import Lumina2, Lumina2Config
@@ -25,6 +26,8 @@ __all__ = [
     "ImageConfig",
     "JiT",
     "JiTConfig",
+    "Kandinsky5",
+    "Kandinsky5Config",
     "LightningDiT",
     "LightningDiTConfig",
     "LoRAConfig",
