@@ -31,7 +31,7 @@ from ditkit.diffusion import DDPM, Linear, Meaning
 from ditkit.exchange import export_run, import_file
 from ditkit.interop import DIFFUSERS, DIT, FORMATS, JIT, SIT, Found, diffusers_settings, meta, read, size_name
 from ditkit.interop.source import Source
-from ditkit.models import DiTConfig, JiTConfig, create_model, model_config
+from ditkit.models import DiTConfig, JiTConfig, UNetConfig, create_model, model_config
 from ditkit.pipeline import load
 from ditkit.recipe import Recipe
 from ditkit.runs import Run, find_checkpoint
@@ -42,6 +42,10 @@ DIT_TINY = DiTConfig(input_size=4, patch_size=2, hidden_size=16, depth=2, num_he
 JIT_TINY = JiTConfig(
     input_size=8, patch_size=4, hidden_size=16, depth=3, num_heads=2, num_classes=3, bottleneck_dim=4, in_context_len=2,
     in_context_start=1,
+)  # fmt: skip
+ADM_TINY = UNetConfig(
+    input_size=16, model_channels=32, channel_mult=(1, 1), num_res_blocks=1, attention_resolutions=(2,), num_heads=2,
+    num_head_channels=0, num_classes=3, null_label=False,
 )  # fmt: skip
 HEADS = {"num_heads": 2}
 START = {"in_context_start": 1}
@@ -659,6 +663,7 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "bare.pt": lambda path: (torch.save(state(DIT_TINY), path), path)[1],
     "dit.safetensors": lambda path: (save_file(state(DIT_TINY), path), path)[1],
     "jit.safetensors": lambda path: (save_file(state(JIT_TINY, 0, "net."), path), path)[1],
+    "adm.safetensors": lambda path: (save_file(state(ADM_TINY), path), path)[1],
     "diffusers": diffusers_folder,
 }
 
@@ -737,7 +742,7 @@ def test_a_spoilt_file_gives_a_clear_error_or_a_whole_model(
     assert no_code == []
 
 
-@pytest.mark.parametrize("name", ["bare.pt", "dit.safetensors", "jit.safetensors", "diffusers"])
+@pytest.mark.parametrize("name", ["bare.pt", "dit.safetensors", "jit.safetensors", "adm.safetensors", "diffusers"])
 @settings(max_examples=65, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 @given(data=st.data())
 def test_wrong_shapes_dtypes_and_names_give_a_clear_error(

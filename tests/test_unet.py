@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 from dataclasses import replace
 from pathlib import Path
@@ -277,6 +278,33 @@ def test_the_settings_of_the_release_are_understood_by_name() -> None:
         unet_config({**settings, "num_head": 3})
     with pytest.raises(DitkitError, match="9 channels come out of 3"):
         unet_config({**settings, "out_channels": 9})
+
+
+README = "--attention_resolutions 32,16,8 --diffusion_steps 1000 --learn_sigma True --resblock_updown True "
+README += "--use_fp16 True --use_scale_shift_norm True "
+FLAGS = {
+    "adm_64": "--class_cond True --dropout 0.1 --image_size 64 --num_channels 192 --num_head_channels 64 "
+    "--num_res_blocks 3 --use_new_attention_order True --noise_schedule cosine",
+    "adm_128": "--class_cond True --image_size 128 --num_channels 256 --num_heads 4 --num_res_blocks 2",
+    "adm_256": "--class_cond True --image_size 256 --num_channels 256 --num_head_channels 64 --num_res_blocks 2",
+    "adm_512": "--class_cond True --image_size 512 --num_channels 256 --num_head_channels 64 --num_res_blocks 2",
+}
+FLAGS["adm_256_uncond"] = FLAGS["adm_256"].replace("class_cond True", "class_cond False")
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_named_sizes_are_the_flags_of_the_readme(name: str) -> None:
+    words = (README + FLAGS[name]).split()
+    flags = {key[2:]: value for key, value in zip(words[::2], words[1::2], strict=True)}
+    values = {
+        key: value if "," in value else ast.literal_eval(value) for key, value in flags.items() if "sch" not in key
+    }
+    values.pop("diffusion_steps")
+    sizes, wanted = unet_config(values), model_config(name)
+    assert isinstance(wanted, UNetConfig)
+    # of two ways to say how many heads there are, the other is not read
+    assert replace(sizes, num_heads=wanted.num_heads) == wanted
+    assert sizes.num_head_channels or sizes.num_heads == wanted.num_heads
 
 
 # files

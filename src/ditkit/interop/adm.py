@@ -22,40 +22,46 @@ _SAME = (
     "in_channels", "model_channels", "num_res_blocks", "num_heads", "dropout", "conv_resample", "resblock_updown",
     "use_scale_shift_norm", "use_new_attention_order",
 )  # fmt: skip
-_NO_MATTER = ("use_checkpoint", "use_fp16", "use_bf16", "dims")
+_READ = (
+    "attention_resolutions", "channel_mult", "num_head_channels", "num_heads_upsample", "image_size", "num_classes",
+    "out_channels", "num_channels", "class_cond", "learn_sigma",
+)  # fmt: skip
+_NO_MATTER = ("use_checkpoint", "use_fp16", "dims")
 _UNSAID = {
     "in_channels": 3, "num_heads": 1, "num_head_channels": 0, "use_scale_shift_norm": False, "resblock_updown": False,
     "dropout": 0.0, "null_label": False, "num_classes": 0,
 }  # fmt: skip
 """What guided-diffusion's UNetModel takes a setting to be that is not given."""
+_MULT = {512: (0.5, 1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4)}
 
 
 def unet_config(settings: Mapping[str, Any]) -> UNetConfig:
-    """The configuration of guided-diffusion's UNetModel from its arguments by name. Raises DitkitError for others.
+    """The configuration of guided-diffusion's UNetModel from its arguments, or from the flags of its programs, by name.
 
-    `attention_resolutions` are factors of down-sampling there; -1 and None mean "not set".
+    As an argument `attention_resolutions` are factors of down-sampling, as a flag ("32,16,8") sides of feature maps;
+    -1, None and "" mean "not set"; the flag class_cond means ImageNet's 1000 classes. Raises DitkitError for what is
+    not known.
     """
-    found: dict[str, Any] = dict(_UNSAID)
-    for name, value in settings.items():
-        if name in _SAME:
-            found[name] = value
-        elif name in ("attention_resolutions", "channel_mult"):
-            found[name] = tuple(value)
-        elif name in ("num_head_channels", "num_heads_upsample"):
-            found[name] = max(value, 0)
-        elif name == "image_size":
-            found["input_size"] = tuple(value) if isinstance(value, list | tuple) else value
-        elif name == "num_classes":
-            found[name] = value or 0
-        elif name != "out_channels" and name not in _NO_MATTER:
-            known = (*_SAME, *_NO_MATTER, "attention_resolutions", "channel_mult", "num_head_channels")
-            raise DitkitError(f"UNetModel has no setting {name!r}: {near(name, known)}")
+    if unknown := [name for name in settings if name not in (*_SAME, *_READ, *_NO_MATTER)]:
+        raise DitkitError(f"UNetModel has no setting {unknown[0]!r}: {near(unknown[0], (*_SAME, *_READ, *_NO_MATTER))}")
     if settings.get("dims", 2) != 2:
         raise DitkitError(f"only U-Nets on images are supported, not with dims = {settings['dims']}")
-    outputs = settings.get("out_channels", found["in_channels"])
-    found["learn_sigma"] = _learned(outputs, found["in_channels"])
-    found.setdefault("channel_mult", (1, 2, 4, 8))
-    return UNetConfig(**found)
+    found = _UNSAID | {name: settings[name] for name in _SAME if name in settings}
+    found |= {name: max(settings[name], 0) for name in ("num_head_channels", "num_heads_upsample") if name in settings}
+    if "num_channels" in settings:
+        found["model_channels"] = settings["num_channels"]
+    size = settings.get("image_size", 64)
+    found["input_size"] = size
+    mult = settings.get("channel_mult") or _MULT.get(size, (1, 2, 4, 8))
+    found["channel_mult"] = tuple(map(float, mult.split(","))) if isinstance(mult, str) else tuple(mult)
+    where = settings.get("attention_resolutions", ())
+    if isinstance(where, str):
+        where = sorted(size // int(side) for side in where.split(","))
+    found["attention_resolutions"] = tuple(where)
+    found["num_classes"] = settings.get("num_classes") or (1000 if settings.get("class_cond") else 0)
+    channels = found["in_channels"]
+    outputs = settings.get("out_channels", 2 * channels if settings.get("learn_sigma") else channels)
+    return UNetConfig(**found, learn_sigma=_learned(outputs, channels))
 
 
 def _learned(outputs: int, channels: int) -> bool:
