@@ -15,7 +15,17 @@ from torch import Tensor
 
 from .conditioning import Given, Known
 from .config import DitkitError, NotFinite, near, registered_as
-from .diffusion import Autoguidance, ClassifierFree, Denoiser, Guided, check_grid, guide, integrate, keep
+from .diffusion import (
+    Autoguidance,
+    ClassifierFree,
+    Denoiser,
+    Guided,
+    TokenDenoiser,
+    check_grid,
+    guide,
+    integrate,
+    keep,
+)
 from .models import Model
 from .recipe import Recipe, Sample, device_of
 from .rng import Rng
@@ -137,7 +147,7 @@ class Pipeline:
         check_grid(self.guided(chosen, 1), chosen.solver, times, f"the grid {registered_as(chosen.grid)[1]!r}")
         return chosen, times
 
-    def guided(self, chosen: Sample, count: int, known: Known | None = None) -> Denoiser | Guided:
+    def guided(self, chosen: Sample, count: int, known: Known | None = None) -> Denoiser | TokenDenoiser | Guided:
         """The denoiser with the chosen guides for a batch of `count`, of which weak opinions are told what is known.
 
         Raises DitkitError for what cannot guide it.

@@ -88,6 +88,12 @@ class Prediction:
         a, b = row(self.space, self.path, self.t)
         return over(a, x0) * x0 + over(b, x0) * eps
 
+    def parts(self, x: Tensor) -> list[Prediction]:
+        """Of a batch of several opinions on x, each of them."""
+        outs = self.out.split(len(x))
+        extras = [None] * len(outs) if self.extra is None else self.extra.split(len(x))
+        return [replace(self, out=out, x=x, extra=extra) for out, extra in zip(outs, extras, strict=True)]
+
     def with_out(self, out: Tensor) -> Prediction:
         """The same with another output, such as a guided one."""
         return replace(self, out=out)

@@ -48,6 +48,21 @@ class TokenPrediction:
     middle: Float[Tensor, "*#b_l v"] | None = None
     known: Bool[Tensor, "b l"] | None = None
 
+    @property
+    def space(self) -> str:
+        """Of `out`: logits, which are log-probabilities up to a number for each token."""
+        return "logits"
+
+    def to(self, space: str) -> Tensor:
+        """The logits. Raises DitkitError for a space of continuous x."""
+        if space != self.space:
+            raise DitkitError(f"tokens have no {space}, only logits")
+        return self.out
+
+    def parts(self, x: Tensor) -> list[TokenPrediction]:
+        """Of a batch of several opinions on x, each of them."""
+        return [replace(self, out=out, x=x) for out in self.out.split(len(x))]
+
     def with_out(self, out: Tensor) -> TokenPrediction:
         """The same with other logits, such as guided ones."""
         return replace(self, out=out)
@@ -195,6 +210,9 @@ class TokenMeaning:
 class TokenDenoiser:
     """`denoiser(x, t, cond) -> TokenPrediction`: a network called in ditkit's time, its logits with their path."""
 
+    prediction: ClassVar[str] = "logits"
+    t_eps: ClassVar[float] = 0.0
+
     def __init__(self, model: Callable[..., Tensor], path: TokenPath, clock: str = "1-t"):
         self.model, self.path = model, path
         self.clock: Callable[[Any, Tensor], Tensor] = lookup("clock", clock)
@@ -222,7 +240,7 @@ class TokenDenoiser:
     def check(self, visited: Iterable[float], needs: Iterable[str], visitor: str = "this grid") -> None:
         """Raises DitkitError for what reads a space, which tokens do not have, and where rates are infinite."""
         for need in needs:
-            if need != "jumps":
+            if need not in ("jumps", self.prediction):
                 raise DitkitError(
                     f"tokens have no {need}: use the solver jumps and the objective cross_entropy or generalised_kl"
                 )

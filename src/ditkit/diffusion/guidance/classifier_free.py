@@ -46,6 +46,10 @@ class CFG(ClassifierFree):
         if self.channels is not None and self.channels < 1:
             raise DitkitError(f"guidance on {self.channels} channels: use at least 1, or none for all")
 
+    @property
+    def guides_tokens(self) -> bool:
+        return self.channels is None
+
     def rule(self, strong: Tensor, weak: Tensor, memory: Any) -> tuple[Tensor, Any]:
         difference = strong - weak
         if self.channels is not None:
@@ -69,6 +73,10 @@ class CFGPP(CFG):
     (eta 0), and with euler on a linear path, it is the paper's method exactly. That scale grows with the number of
     steps.
     """
+
+    @property
+    def guides_tokens(self) -> bool:
+        return False  # its scale is made of alpha and sigma
 
     def weight(self, at: Moment) -> float:
         if not self.acts(at):

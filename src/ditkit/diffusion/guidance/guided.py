@@ -5,6 +5,9 @@
 A linear rule (strong - weak) gives the same in every space. A rule that is not linear names the space in which it
 works; its direction is carried into the space of the network's output by the gain between the two, so that guides that
 work in different spaces still add up.
+
+Of tokens the logits are guided, by rules that do not see a number added to the logits of a token: those are
+log-probabilities, p(x0 | x_t) being proportional to strong^scale weak^(1 - scale) for one guide.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -22,6 +25,7 @@ from torch import Tensor
 from ...conditioning import Conditioning, cat
 from ...config import DitkitError
 from ..denoiser import Denoise, Denoiser, Prediction, prepared
+from ..discrete import TokenDenoiser
 from ..path import Path, Time, as_time
 from ..space import reading
 
@@ -112,6 +116,11 @@ class Guide:
     def rule_space(self) -> str | None:
         """The space in which the rule works; None = that of the network's output (any, if the rule is linear)."""
         return None
+
+    @property
+    def guides_tokens(self) -> bool:
+        """Whether the rule has a meaning for logits: strong - weak does, norms and projections do not."""
+        return False
 
     def check(self, denoiser: Denoiser, visited: Sequence[float]) -> None:
         """Raises DitkitError if this denoiser cannot be guided so, or not at a time that is visited."""
@@ -214,18 +223,13 @@ class _Network:
         if asked not in self.subsets:
             self.subsets[asked] = self._subset(asked, x.device)
         cond, edit = self.subsets[asked]
-        prediction = self.denoiser(torch.cat([x] * len(asked)), t, cond, edit=edit)
+        prediction: Any = self.denoiser(torch.cat([x] * len(asked)), t, cond, edit=edit)
         if edit is not None and edit.missing:
             raise DitkitError(
                 f"{type(self.denoiser.model).__name__} never came to {', '.join(sorted(edit.missing))}: "
                 "it has no such block to perturb"
             )
-        outs = prediction.out.split(self.b)
-        extras = [None] * len(asked) if prediction.extra is None else prediction.extra.split(self.b)
-        return {
-            number: replace(prediction, out=out, x=x, extra=extra)
-            for number, out, extra in zip(asked, outs, extras, strict=True)
-        }
+        return dict(zip(asked, prediction.parts(x), strict=True))
 
     def _subset(self, asked: tuple[int, ...], device: torch.device) -> tuple[Conditioning, _Perturbation | None]:
         places = [list(self.opinions).index(number) for number in asked]
@@ -238,11 +242,20 @@ class _Network:
 class Guided:
     """A denoiser whose trajectories are guided."""
 
-    def __init__(self, denoiser: Denoiser, guides: Sequence[Guide], finish: Finish | None = None):
+    denoiser: Any  # of continuous x or of tokens
+
+    def __init__(self, denoiser: Denoiser | TokenDenoiser, guides: Sequence[Guide], finish: Finish | None = None):
         """Raises DitkitError for a guide that cannot guide this denoiser."""
         self.denoiser, self.guides, self.finish = denoiser, tuple(guides), finish
+        if denoiser.prediction == "logits":
+            wrong = [type(g).__name__ for g in (*guides, finish) if not getattr(g, "guides_tokens", g is None)]
+            if wrong:
+                raise DitkitError(
+                    f"{wrong[0]} cannot guide tokens as it is set: use cfg without channels, autoguidance, "
+                    "perturbed_attention or skip_layer, and no finish"
+                )
         for g in self.guides:
-            g.check(denoiser, ())
+            g.check(self.denoiser, ())
 
     def check(self, visited: Iterable[float], needs: Iterable[str], visitor: str = "this grid") -> None:
         """Raises DitkitError if what the solver or a rule reads is singular at a visited time."""
@@ -314,8 +327,10 @@ def _moved(prediction: Prediction, space: str, weight: float, direction: Tensor)
     return prediction.with_out(prediction.out + (weight / gain) * direction)
 
 
-def guide(denoiser: Denoiser, *guides: Guide, finish: Finish | None = None) -> Denoiser | Guided:
-    """The denoiser with guides, and what is done with their sum; without guides, the denoiser itself.
+def guide(
+    denoiser: Denoiser | TokenDenoiser, *guides: Guide, finish: Finish | None = None
+) -> Denoiser | TokenDenoiser | Guided:
+    """The denoiser, of tokens, too, with guides, and what is done with their sum; without guides, the denoiser itself.
 
     Raises DitkitError for a guide that cannot guide this denoiser.
     """

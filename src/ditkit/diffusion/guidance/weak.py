@@ -11,6 +11,7 @@ from torch import nn
 
 from ...config import DitkitError, near, register, registered_as
 from ..denoiser import Denoiser
+from ..discrete import TokenDenoiser
 from .guided import Guide, Opinion
 
 __all__ = ["Autoguidance", "PerturbedAttention", "SkipLayer"]
@@ -27,8 +28,12 @@ class Autoguidance(Guide):
     weaker: Any = ""
     """The weak denoiser. In a recipe: a run folder or a checkpoint."""
 
+    @property
+    def guides_tokens(self) -> bool:
+        return True
+
     def check(self, denoiser: Denoiser, visited: Sequence[float]) -> None:
-        if not isinstance(self.weaker, Denoiser):
+        if not isinstance(self.weaker, Denoiser | TokenDenoiser):
             raise DitkitError(f"the guide autoguidance needs a weaker denoiser, not {self.weaker!r}")
         if self.weaker.path != denoiser.path:
             raise DitkitError(f"the weaker model walks another path: {self.weaker.path} instead of {denoiser.path}")
@@ -49,6 +54,10 @@ class PerturbedAttention(Guide):
     blocks: tuple[str, ...] = ()
     """Names of the blocks, such as blocks.6; the middle ones in the paper."""
 
+    @property
+    def guides_tokens(self) -> bool:
+        return True
+
     def check(self, denoiser: Denoiser, visited: Sequence[float]) -> None:
         _check_blocks(self, denoiser, self.blocks, attention=True)
 
@@ -66,6 +75,10 @@ class SkipLayer(Guide):
 
     blocks: tuple[str, ...] = ()
     """Names of the blocks, such as blocks.7."""
+
+    @property
+    def guides_tokens(self) -> bool:
+        return True
 
     def check(self, denoiser: Denoiser, visited: Sequence[float]) -> None:
         _check_blocks(self, denoiser, self.blocks, attention=False)
