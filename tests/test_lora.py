@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -159,3 +160,24 @@ def test_wrong_uses_are_said_in_one_line(
 def test_a_fitted_configuration_keeps_its_adapters() -> None:
     config = LoRAConfig(BASE, rank=5, targets=("qkv",))
     assert replace(config.fitted((3, 16, 16), 2, 0), base=BASE) == config
+
+
+def test_adapters_alone_are_exported_under_published_names(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    base, tuned, out = tmp_path / "base", tmp_path / "tuned", tmp_path / "adapters.safetensors"
+    command = f"train digits {TINY} --train.emas 0.5 --train.steps 1".split()
+    assert main([*command, "--out", str(base)]) == 0
+    assert main([*command, "--out", str(tuned), "--init", str(base), "--lora", "2"]) == 0
+    assert main(["export", str(tuned), "--format", "lora", "--ema", "0", "--out", str(out)]) == 0
+    found, own = load_file(out), adapters(_weights(tuned))
+    assert sorted(found) == sorted(f"transformer.{name}.lora_{end}.weight" for name in own for end in "AB")
+    for name, (a, b) in own.items():
+        assert torch.equal(found[f"transformer.{name}.lora_A.weight"], a)
+        assert torch.equal(found[f"transformer.{name}.lora_B.weight"], b)
+    capsys.readouterr()
+    for run, where, said in (
+        (base, tmp_path / "no.safetensors", "has no adapters"),
+        (tuned, tmp_path / "no.pt", "written as a .safetensors file"),
+        (tuned, out, "exists already"),
+    ):
+        assert main(["export", str(run), "--format", "lora", "--out", str(where)]) == 1
+        assert said in capsys.readouterr().err

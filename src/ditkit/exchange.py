@@ -34,8 +34,9 @@ from .interop import (
     read,
     read_json,
     size_name,
+    write_adapters,
 )
-from .models import Model, UNetConfig, unadapted
+from .models import LoRAConfig, Model, UNetConfig, unadapted
 from .recipe import Recipe, Sample, Train
 from .runs import Checkpoint, Run, atomic_write, find_run
 
@@ -197,15 +198,18 @@ def export_run(
 ) -> list[str]:
     """Write the weights of a run, or of a checkpoint, as published ones; lines that say what was written.
 
-    form: "official" (DiT, SiT, JiT, ADM: .pt, .pth or .safetensors; Drax: a folder) or "diffusers" (a DiTPipeline's).
-    ema, ema_std: as in `load`. approximate: write a DiT with the release's time frequencies for diffusers, which
-    computes others. Raises DitkitError for what the layout cannot express, and for an `out` that exists.
+    form: "official" (DiT, SiT, JiT, ADM: .pt, .pth or .safetensors; Drax: a folder), "diffusers" (a DiTPipeline's) or
+    "lora" (only the adapters of a run that has some; .safetensors). ema, ema_std: as in `load`. approximate: write a
+    DiT with the release's time frequencies for diffusers, which computes others. Raises DitkitError for what the layout
+    cannot express, and for an `out` that exists.
     """
     out = Path(out)
     if out.exists():
         raise DitkitError(f"{out} exists already: choose another --out")
     checkpoint, recipe = find_run(run, ema, ema_std)
     weights, name = checkpoint.chosen(recipe)
+    if form == "lora":
+        return _adapters(recipe.model, weights, name, out)
     config, weights = unadapted(recipe.model, weights)
     recipe = replace(recipe, model=config)
     if form == "official":
@@ -213,6 +217,21 @@ def export_run(
     if form == "diffusers":
         return _diffusers(recipe, weights, out, approximate)
     raise DitkitError(f"--format is official or diffusers, not {form!r}")
+
+
+def _adapters(config: Any, weights: dict[str, Tensor], name: str, out: Path) -> list[str]:
+    """Only the adapters, under diffusers' names where it has this network."""
+    if not isinstance(config, LoRAConfig):
+        raise DitkitError("this run has no adapters: train it with --lora RANK")
+    if out.suffix != ".safetensors":
+        raise DitkitError(f"adapters are written as a .safetensors file, not as {out}")
+    forms = [form for form in FORMATS if form.model is type(config.base)]
+    if not forms:
+        raise DitkitError(f"no layout is known for a {type(config.base).__name__.removesuffix('Config')}")
+    form = min(forms, key=lambda form: not form.name.startswith("diffusers"))
+    tensors = write_adapters(form, config, weights)
+    atomic_write(out, lambda path: save_file(tensors, path, {"format": "pt"}))
+    return [f"adapters of rank {config.rank}, {name}, as of {form.title}: {len(tensors)} tensors", f"written: {out}"]
 
 
 def _official(checkpoint: Checkpoint, recipe: Recipe, tensors: dict[str, Tensor], name: str, out: Path) -> list[str]:

@@ -12,13 +12,15 @@ __all__ = ["arguments", "run"]
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run folder, or one of its checkpoints")
     parser.add_argument(
-        "--format", required=True, help="official (of DiT, SiT, JiT, Drax) or diffusers (a DiTPipeline)"
+        "--format",
+        required=True,
+        help="official (of DiT, SiT, JiT, Drax), diffusers (a DiTPipeline) or lora (a run's adapters alone)",
     )
     parser.add_argument(
         "--out",
         type=Path,
         required=True,
-        help="official: a file .pt, .pth or .safetensors, of Drax a folder; diffusers: a folder",
+        help="official: a file .pt, .pth or .safetensors, of Drax a folder; diffusers: a folder; lora: .safetensors",
     )
     parser.add_argument("--ema", type=float, help="decay of the averaged weights to use, 0 = the weights themselves")
     parser.add_argument("--ema-std", type=float, help="length of a power-function average to use, as 0.07")

@@ -6,6 +6,7 @@ from .drax import DRAX
 from .format import Format, Found, meta, read, save, size_name
 from .jit import JIT
 from .kandinsky5 import KANDINSKY5, kandinsky5_settings
+from .lora import read_adapters, write_adapters
 from .lumina2 import LUMINA2, LUMINA2_OFFICIAL, lumina2_settings
 from .mmdit import DIFFUSERS_SD3, SD3
 from .source import open_source, read_json
@@ -55,10 +56,12 @@ __all__ = [
     "meta",
     "open_source",
     "read",
+    "read_adapters",
     "read_json",
     "save",
     "size_name",
     "transfer",
     "unet_config",
+    "write_adapters",
     "z_image_settings",
 ]

@@ -1,0 +1,94 @@
+"""Adapters of low rank under the names that a published layout gives the Linears beside which they lie."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import DitkitError
+from ..models import LoRAConfig, adapters
+from .format import Format, meta
+from .table import Pair
+
+__all__ = ["read_adapters", "write_adapters"]
+
+_PREFIX = "transformer."
+_ENDS = (".lora_A.weight", ".lora_B.weight")
+
+
+def write_adapters(form: Format, config: LoRAConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A and B as diffusers' pipelines and peft name them: `transformer.NAME.lora_A.weight`, and lora_B.
+
+    alpha / rank is multiplied into B, for such files need not say it. Where ours is their q, k and v in one, each of
+    theirs gets our A and its own rows of B. Raises DitkitError where the layout has no such place.
+    """
+    table = _table(form, config.base)
+    found: dict[str, Tensor] = {}
+    for stem, (a, b) in adapters(weights).items():
+        pair, b = table[f"{stem}.weight"], b * config.scale
+        if pair.how not in ("same", "fused"):
+            raise DitkitError(f"{form.title} has no Linear that is ours alone where {stem} is: choose other targets")
+        rows = pair.rows(len(b)) if pair.how == "fused" else [len(b)]
+        for name, part in zip(pair.theirs, b.split(rows), strict=True):
+            stem_there = _PREFIX + name.removesuffix(".weight")
+            found[stem_there + _ENDS[0]] = a.clone()
+            found[stem_there + _ENDS[1]] = part.clone()
+    return found
+
+
+def read_adapters(form: Format, base: Any, tensors: Mapping[str, Tensor]) -> tuple[LoRAConfig, dict[str, Tensor]]:
+    """The inverse: a configuration, and A and B of each of our Linears by their names in it.
+
+    Where ours is their q, k and v in one, and each has an A of its own, ours has all of them: the rank is the sum.
+    Raises DitkitError for names that the layout does not have, and for an A without its B.
+    """
+    pattern = re.compile(r"(?:transformer\.|base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight")
+    given: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if not (match := pattern.fullmatch(name)):
+            raise DitkitError(f"{name[:100]!r} is no adapter of low rank as diffusers and peft name them")
+        given.setdefault(match[1], {})[match[2]] = value
+    for name, both in given.items():
+        if set(both) != {"A", "B"}:
+            raise DitkitError(f"the adapter of {name[:100]} has no lora_{'B' if 'A' in both else 'A'}")
+    shapes = {key: tuple(value.shape) for key, value in meta(base).state_dict().items()}
+    places: dict[str, list[tuple[str, int, int]]] = {}
+    taken: set[str] = set()
+    for ours, pair in _table(form, base).items():
+        if pair.how not in ("same", "fused") or not ours.endswith(".weight"):
+            continue
+        rows = pair.rows(shapes[ours][0]) if pair.how == "fused" else [shapes[ours][0]]
+        start = 0
+        for name, count in zip(pair.theirs, rows, strict=True):
+            if (stem := name.removesuffix(".weight")) in given:
+                places.setdefault(ours.removesuffix(".weight"), []).append((stem, start, count))
+                taken.add(stem)
+            start += count
+    if unknown := sorted(set(given) - taken):
+        raise DitkitError(f"{form.title} has no Linear called {unknown[0][:100]}, beside which an adapter lies")
+    rank = max(sum(len(given[stem]["A"]) for stem, _, _ in found) for found in places.values())
+    result: dict[str, Tensor] = {}
+    for ours, found in places.items():
+        height, width = shapes[f"{ours}.weight"]
+        a, b, first = torch.zeros(rank, width), torch.zeros(height, rank), 0
+        for stem, start, count in found:
+            own_a, own_b = given[stem]["A"].float(), given[stem]["B"].float()
+            if own_a.shape != (len(own_a), width) or own_b.shape != (count, len(own_a)):
+                raise DitkitError(
+                    f"the adapter of {stem} is {list(own_a.shape)} and {list(own_b.shape)}, and the Linear there takes "
+                    f"{width} and gives {count}"
+                )
+            a[first : first + len(own_a)] = own_a
+            b[start : start + count, first : first + len(own_a)] = own_b
+            first += len(own_a)
+        result |= {f"{ours}.lora_A.default.weight": a, f"{ours}.lora_B.default.weight": b}
+    targets = tuple(sorted({name.rpartition(".")[2] for name in places}))
+    return LoRAConfig(base, rank, float(rank), targets), result
+
+
+def _table(form: Format, base: Any) -> dict[str, Pair]:
+    return {pair.ours: pair for pair in form.pairs(meta(base))}
