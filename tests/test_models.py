@@ -34,6 +34,7 @@ from ditkit.layers import (
     unpatchify,
 )
 from ditkit.models import (
+    ControlConfig,
     DDiTConfig,
     DiT,
     DiTConfig,
@@ -135,6 +136,7 @@ def tiny(request: pytest.FixtureRequest) -> tuple[Model, Any]:
 def test_every_family_has_a_tiny_one() -> None:
     """Of those on images with classes; the others are tested in files of their own and with the studies."""
     assert {type(c) for c in ALL.values()} == {lookup("model", name) for name in names("model")} - {
+        ControlConfig,
         DDiTConfig,
         DraxConfig,
         Kandinsky5Config,
@@ -207,6 +209,8 @@ def as_printed(value: float, printed: str) -> str:
 
 def test_every_name_is_in_a_table() -> None:
     sit = {name.replace("dit", "sit"): name for name in DIT}
+    # test_control.py, test_ddit.py, test_drax.py, test_kandinsky5.py, test_single_stream.py, test_text_models.py,
+    # test_unet.py
     elsewhere = {
         "ddit_s",
         "ddit_m",
@@ -223,7 +227,8 @@ def test_every_name_is_in_a_table() -> None:
         "z_image_tiny",
         "unet_tiny",
         *list_models("kandinsky5_*"),
-    }  # test_ddit.py, test_drax.py, test_kandinsky5.py, test_single_stream.py, test_text_models.py, test_unet.py
+        *list_models("*control_*"),
+    }
     assert set(list_models()) == {*DIT, *sit, *WAYS, *JIT, *PAPER, *LIGHTNING, *ADM, *RESNET, *elsewhere}
     assert all(model_config(name) == model_config(same) for name, same in sit.items())  # one network, two processes
 

@@ -395,6 +395,7 @@ def test_mistakes_say_what_to_change() -> None:
         r"text \[b l 12\].*given \[2, 20, 7\]: change text_dim",
         text=Tokens(torch.zeros(2, 20, 7), caption(config, [20, 20]).mask),
     )
+    fails("x has 2 samples, and texts were given for 1", text=caption(config, [20]))
     fails("between segments", scalars={})
     fails("1 references stand between 3 segments, not 2", scalars={"segments": torch.ones(2, 2)})
     fails(r"features \[2, 1, 2, 3, 4\].*vision_dim=10", vision=torch.zeros(2, 1, 2, 3, 4))

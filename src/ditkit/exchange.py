@@ -67,7 +67,7 @@ def import_file(
     run = Run(out if out is not None else Path("runs") / (path.stem or path.resolve().name))
     if run.foreign():
         raise DitkitError(f"{run.folder} is not empty: choose another --out")
-    found = read(path, FORMATS, name=name, weights=weights, options=options)
+    found = _whole(read(path, FORMATS, name=name, weights=weights, options=options))
     codec = _codec(found, autoencoder)
     group = decay_name(found.decay) if found.decay else "model"
     recipe = Recipe(
@@ -86,6 +86,16 @@ def import_file(
         run.save(0, to_json(recipe), {group: found.weights}, {**state, "imported": lines})
         run.begin(recipe)
     return run, lines
+
+
+def _whole(found: Found) -> Found:
+    """Raises DitkitError for a file that holds a part of a model."""
+    if found.format.part:
+        raise DitkitError(
+            f"{found.path} holds the branch of a {found.format.title} without its base: load both in Python, "
+            "as docs/control.md shows"
+        )
+    return found
 
 
 def _said(found: Found, codec: Any) -> list[str]:
@@ -405,5 +415,5 @@ def begin_from(path: str | Path, recipe: Recipe) -> Start:
         return Start(f"{name} of {checkpoint.folder}", config, before.denoiser, weights)
     asked = ("num_heads", "in_context_start", "num_head_channels", "use_new_attention_order")
     options = {key: getattr(recipe.model, key) for key in asked if hasattr(recipe.model, key)}
-    found = read(path, FORMATS, options=options)
+    found = _whole(read(path, FORMATS, options=options))
     return Start(f"{found.group} of {path} ({found.format.title})", found.config, found.denoiser, found.weights)

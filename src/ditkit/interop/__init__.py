@@ -1,6 +1,7 @@
 """Published checkpoints: what they hold, as our models, and our models as they would have been published."""
 
 from .adm import ADM, unet_config
+from .control import Z_IMAGE_CONTROL, z_image_control_settings
 from .dit import DIFFUSERS, DIT, SIT, diffusers_settings
 from .drax import DRAX
 from .format import Format, Found, meta, read, save, size_name
@@ -28,6 +29,7 @@ FORMATS = (
     Z_IMAGE_COMFY,
     LUMINA2,
     LUMINA2_OFFICIAL,
+    Z_IMAGE_CONTROL,
 )
 """All that are known; of those that match a file the first is taken."""
 
@@ -46,6 +48,7 @@ __all__ = [
     "SIT",
     "Z_IMAGE",
     "Z_IMAGE_COMFY",
+    "Z_IMAGE_CONTROL",
     "Format",
     "Found",
     "Rule",
@@ -63,5 +66,6 @@ __all__ = [
     "transfer",
     "unet_config",
     "write_adapters",
+    "z_image_control_settings",
     "z_image_settings",
 ]

@@ -51,6 +51,7 @@ class Format:
     (0 = the weights themselves). prefix: what their names begin with. within: what they begin with in a file that holds
     other networks too. unread: names, with `*` for any end, of tensors that a file may hold beside and that the
     authors' network does not compute with. sampling, objective: the authors' own, for an imported run's recipe.
+    part: what our names begin with that a file holds, where it holds a part of the model (a ControlNet's branch).
     constants: tensors of theirs that follow from the configuration; where a file has them, they must agree. settings:
     the JSON files of a folder, by their names in it, and file: where in it the weights are; none for a single file.
     """
@@ -69,13 +70,15 @@ class Format:
     prefix: str = ""
     within: str = ""
     unread: tuple[str, ...] = ()
+    part: str = ""
     constants: Callable[[Any], Mapping[str, Tensor]] = lambda config: {}
     settings: Callable[[Any, Any], dict[str, dict[str, Any]]] | None = None
     file: str = ""
 
     def pairs(self, model: Model) -> list[Pair]:
         """The table of a model."""
-        return pairs(self.rules if isinstance(self.rules, tuple) else self.rules(model.config), model.state_dict())
+        rules = self.rules if isinstance(self.rules, tuple) else self.rules(model.config)
+        return pairs(rules, [name for name in model.state_dict() if name.startswith(self.part)])
 
     def entries(self, group: Entries) -> dict[str, Entry]:
         """What is the network's in a file: names without the prefix where all have it, or those within others."""

@@ -1,5 +1,6 @@
 """One file per family, each read from top to bottom with its paper beside it."""
 
+from .control import Control, ControlConfig
 from .ddit import DDiT, DDiTConfig
 from .dit import DiT, DiTConfig
 from .drax import Drax, DraxConfig
@@ -17,6 +18,8 @@ from .zimage import ZImage, ZImageConfig
 
 __all__ = [
     "MLP",
+    "Control",
+    "ControlConfig",
     "DDiT",
     "DDiTConfig",
     "DiT",

@@ -144,7 +144,7 @@ class Lumina2(Model):
         does not fit.
         """
         config, patch = self.config, self.config.patch_size
-        text = given_text(cond, config.text_dim)
+        text = given_text(cond, config.text_dim, shape[0])
         values = text.values.masked_fill(~text.mask[..., None], 0).to(self.x_embedder.weight.dtype)
         device, (b, length) = text.mask.device, text.mask.shape
         caption = F.pad(torch.arange(length, device=device)[:, None], (0, 2)).expand(b, -1, -1)

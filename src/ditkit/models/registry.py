@@ -206,8 +206,9 @@ class TokenConfig:
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
 
-def given_text(cond: Conditioning, channels: int) -> Tokens:
-    """The text's tokens. Raises ValueError if there is none, or of other channels than `text_dim`."""
+def given_text(cond: Conditioning, channels: int, batch: int | None = None) -> Tokens:
+    """The text's tokens. Raises ValueError if there is none, or of other channels than `text_dim`, or, where `batch` is
+    given, not one for each sample."""
     if cond.text is None:
         raise ValueError(f"the model takes a text, tokens [b l {channels}], and none was given")
     if cond.text.values.shape[-1] != channels:
@@ -215,6 +216,8 @@ def given_text(cond: Conditioning, channels: int) -> Tokens:
             f"the model takes a text [b l {channels}] (text_dim={channels}), and was given "
             f"{list(cond.text.values.shape)}: change text_dim"
         )
+    if batch is not None and len(cond.text.values) != batch:
+        raise ValueError(f"x has {batch} samples, and texts were given for {len(cond.text.values)}: give one for each")
     return cond.text
 
 

@@ -227,7 +227,7 @@ class ZImage(Model):
         The blocks of `context_refiner` and `siglip_refiner` run here; no edit sees them. Raises DitkitError where the
         caption is missing or does not fit, and for references without the segments between which they stand.
         """
-        text, lengths, references = self._captions(cond)
+        text, lengths, references = self._captions(cond, shape[0])
         omni, patch = "segments" in cond.scalars, self.config.patch_size
         seen = slots(lengths, canonical(text.values.shape[1]) + MULTIPLE * (lengths.shape[1] - 1), omni)
         values = text.values.gather(1, seen.token[..., None].expand(-1, -1, text.values.shape[2]))
@@ -256,9 +256,9 @@ class ZImage(Model):
             cond = cond.with_static(clean=clean)
         return cond.with_static(context=torch.cat(context, dim=1), rope=self._rope(place), mask=used)
 
-    def _captions(self, cond: Conditioning) -> tuple[Tokens, Int[Tensor, "b s"], int]:
+    def _captions(self, cond: Conditioning, batch: int) -> tuple[Tokens, Int[Tensor, "b s"], int]:
         """The caption, the lengths of its segments, and the number of references."""
-        config, text = self.config, given_text(cond, self.config.text_dim)
+        config, text = self.config, given_text(cond, self.config.text_dim, batch)
         segments = cond.scalars.get("segments")
         count = 0 if cond.references is None else cond.references.shape[1]
         if cond.vision is not None and (config.vision_dim != cond.vision.shape[-1] or not count):
