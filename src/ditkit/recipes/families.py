@@ -1,8 +1,8 @@
-"""A recipe for each family at a size that trains on any machine: `ditkit train z_image_tiny`.
+"""A recipe for each family at a size that trains on any machine: `ditkit train mmdit_tiny`.
 
 They are not meant to draw well but to be trained whole, as the family's own meaning has it and on its own kind of
 input: pictures and clips are real, texts and speech are random vectors in place of an encoder. 200 steps each; how far
-the loss falls is tested, and told in docs/families.md.
+the loss falls is tested (tests/test_families.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from ..codecs import Characters
 from ..conditioners import Label, RandomSpeech, RandomText
-from ..data import Captions, Digits
+from ..data import Captions, Digits, MovingDigits
 from ..diffusion import (
     DDPM,
     Ancestral,
@@ -33,49 +33,67 @@ from ..recipe import Recipe, Sample, Train
 
 __all__ = ["FAMILIES"]
 
-
-def _train(**changes: Any) -> Train:
-    settings = {
-        "steps": 200, "batch": 16, "lr": 1e-3, "warmup": 20, "clip": 1.0, "emas": (0.95,), "log_every": 10,
-        "sample_every": 0, "checkpoint_every": 100,
-    }  # fmt: skip
-    return Train(**{**settings, **changes})
+_TRAIN = Train(
+    steps=200, batch=16, lr=1e-3, warmup=20, clip=1.0, emas=(0.95,), log_every=10, sample_every=0, checkpoint_every=100
+)
 
 
-def _digits(name: str, meaning: Meaning, conditioner: Any, **changes: Any) -> Recipe:
-    """Digits of 16 x 16 by flow matching, guided as the family is."""
+def _flow(name: str, meaning: Meaning) -> Recipe:
+    """Digits of 16 x 16 by flow matching; their classes as texts where the network is given text."""
+    model: Any = model_config(name)
+    texts = RandomText(width=model.text_dim, pooled=getattr(model, "pooled_dim", 0)) if _reads(model) else Label()
     return Recipe(
         data=Digits(resolution=16),
-        conditioner=conditioner,
-        model=model_config(name),
+        conditioner=texts,
+        model=model,
         denoiser=meaning,
         objective=Regression("velocity", LogitNormal()),
-        train=_train(**changes),
+        train=_TRAIN,
         sample=Sample(steps=20, solver=Euler(), guidance=2.0, batch=100),
     )
 
 
+def _reads(model: Any) -> bool:
+    return hasattr(model, "text_dim")
+
+
+def mmdit_tiny() -> Recipe:
+    """Stable Diffusion 3.5: two streams, some blocks with a second attention; and a pooled text."""
+    return _flow("mmdit_tiny", Meaning(prediction="velocity", clock="1000t"))
+
+
 def z_image_tiny() -> Recipe:
     """Z-Image: the velocity with its sign turned, on a clock that is 1 for data."""
-    return _digits("z_image_tiny", Meaning(prediction="-velocity", clock="1-t"), RandomText(width=64))
+    return _flow("z_image_tiny", Meaning(prediction="-velocity", clock="1-t"))
+
+
+def lumina2_tiny() -> Recipe:
+    """Lumina-Image 2.0, whose sign and clock are Z-Image's."""
+    return _flow("lumina2_tiny", Meaning(prediction="-velocity", clock="1-t"))
+
+
+def kandinsky5_tiny() -> Recipe:
+    """Kandinsky 5 on clips of moving digits."""
+    recipe = _flow("kandinsky5_tiny", Meaning(prediction="velocity", clock="1000t"))
+    return replace(recipe, data=MovingDigits(frames=4, resolution=16, digit=10))
+
+
+def resnet_tiny() -> Recipe:
+    """The plain residual network."""
+    return _flow("resnet_tiny", Meaning(prediction="velocity", clock="1000t"))
 
 
 def unet_tiny() -> Recipe:
-    """ADM's U-Net: the noise on the table of 1000 steps."""
+    """ADM's U-Net: the noise, on the table of 1000 steps."""
     return replace(
-        _digits("unet_tiny", Meaning(DDPM(), "eps", "index"), Label()),
+        _flow("unet_tiny", Meaning(DDPM(), "eps", "index")),
         objective=Regression("eps", Discrete(1000)),
         sample=Sample(steps=50, solver=Ancestral("posterior"), grid=Respaced(), guidance=2.0, batch=100),
     )
 
 
-def resnet_tiny() -> Recipe:
-    """The plain residual network."""
-    return _digits("resnet_tiny", Meaning(prediction="velocity", clock="1000t"), Label())
-
-
 def drax_tiny() -> Recipe:
-    """Drax on spelled captions, with its middle distribution."""
+    """Drax on captions that are spelled aloud, with the middle distribution that it learns."""
     return Recipe(
         data=Captions(length=16),
         codec=Characters(),
@@ -83,11 +101,12 @@ def drax_tiny() -> Recipe:
         model=model_config("drax_tiny"),
         denoiser=TokenMeaning(Mixture("uniform"), clock="1-t"),
         objective=DraxLoss(width=64, heads=4),
-        train=_train(),
+        train=_TRAIN,
         sample=Sample(steps=16, solver=Jumps(temperature=0.1), batch=100),
     )
 
 
 FAMILIES: dict[str, Callable[[], Recipe]] = {
-    recipe.__name__: recipe for recipe in (z_image_tiny, unet_tiny, resnet_tiny, drax_tiny)
+    recipe.__name__: recipe
+    for recipe in (mmdit_tiny, z_image_tiny, lumina2_tiny, kandinsky5_tiny, resnet_tiny, unet_tiny, drax_tiny)
 }
