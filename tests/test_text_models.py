@@ -19,7 +19,7 @@ from ditkit.conditioning import Conditioning, Tokens, cat
 from ditkit.config import DitkitError, from_json, to_json
 from ditkit.diffusion import CFG, Linear, Meaning, guide
 from ditkit.layers import DualBlock, FinalLayer, ParallelBlock, Stream, sincos_2d
-from ditkit.models import MMDiTConfig, Model, create_model, model_config
+from ditkit.models import MMDiTConfig, Model, PixArtConfig, SanaConfig, create_model, model_config
 from ditkit.plan import cost
 
 from .conftest import randomise
@@ -33,14 +33,34 @@ TINY: dict[str, Any] = {
         input_size=4, patch_size=1, in_channels=2, hidden_size=16, depth=3, num_heads=2, text_dim=6, pooled_dim=5,
         position_size=8, qk_norm=True, self_attention=2,
     ),
+    "pixart": PixArtConfig(
+        input_size=(4, 6), in_channels=3, hidden_size=24, depth=3, num_heads=3, text_dim=10, position_scale=0.5
+    ),
+    "pixart that sees sizes": PixArtConfig(
+        input_size=4, patch_size=1, in_channels=2, hidden_size=12, depth=2, num_heads=2, text_dim=6, sizes=True,
+        learn_sigma=False,
+    ),
+    "sana": SanaConfig(
+        input_size=(4, 6), in_channels=3, hidden_size=24, depth=3, num_heads=2, cross_heads=3, text_dim=10
+    ),
+    "sana sprint": SanaConfig(
+        input_size=4, patch_size=2, in_channels=2, hidden_size=16, depth=3, num_heads=4, cross_heads=2, text_dim=6,
+        qk_norm=True, guidance=True,
+    ),
 }  # fmt: skip
+SINGLE = [name for name in TINY if name.startswith(("pixart", "sana"))]  # also tested in test_adaln_single.py
 
 # what nothing reads, and no gradient reaches: the query of the text in the last block of two streams
 UNREAD = re.compile(r"joint_blocks\.2\.context_block\.attn\.q_norm\.weight")
 
 # published sizes: parameters that are trained, as diffusers' networks of the published configurations have them
-COUNTS = {"sd3_medium": 2_028_328_000, "sd35_large": 8_056_627_520, "sd35_medium": 2_243_171_520}
-SMALL = ("mmdit_tiny",)
+COUNTS = {
+    "sd3_medium": 2_028_328_000, "sd35_large": 8_056_627_520, "sd35_medium": 2_243_171_520,
+    "pixart_alpha": 611_349_152, "pixart_alpha_512": 610_856_096, "pixart_sigma": 610_856_096,
+    "pixart_sigma_512": 610_856_096, "pixart_sigma_256": 610_856_096, "sana_600m": 591_747_872,
+    "sana_1600m": 1_604_462_752, "sana_sprint_600m": 593_501_216, "sana_sprint_1600m": 1_610_237_472,
+}  # fmt: skip
+SMALL = ("mmdit_tiny", "pixart_tiny", "sana_tiny")
 
 
 def given(config: Any, b: int = 2, tiles: tuple[int, int] | None = None, length: int = 5) -> Any:
@@ -56,9 +76,14 @@ def given(config: Any, b: int = 2, tiles: tuple[int, int] | None = None, length:
     cond = Conditioning(
         text=Tokens(values, mask),
         pooled=None if shapes.pooled is None else torch.randn(shapes.pooled.shape, generator=generator),
-        scalars={name: 1 + torch.rand(b, generator=generator) for name in shapes.scalars},
+        scalars={name: 1 + torch.rand(of.shape, generator=generator) for name, of in shapes.scalars.items()},
     )
     return x, t, cond
+
+
+def shape_of(config: Any, x: Tensor) -> tuple[int, ...]:
+    """Of the output: x and, where it is learned, the variance."""
+    return (len(x), x.shape[1] * (2 if getattr(config, "learn_sigma", False) else 1), *x.shape[2:])
 
 
 def text_of(cond: Conditioning) -> Tokens:
@@ -85,7 +110,7 @@ def test_small_sizes(name: str) -> None:
     model = config.build()
     assert sum(p.numel() for p in model.parameters()) < 3e6
     x, t, cond = given(config)
-    assert model(x, t, cond).shape == x.shape
+    assert model(x, t, cond).shape == shape_of(config, x)
     planned = cost(config, dtype="fp32")
     assert planned.training > planned.sampling > planned.weights > 0
 
@@ -96,7 +121,7 @@ def test_the_output_has_the_shape_of_x(tiny: tuple[Model, Any], tiles: tuple[int
     model, config = tiny
     x, t, cond = given(config, b, tiles)
     out = model(x, t, cond)
-    assert out.shape == x.shape
+    assert out.shape == shape_of(config, x)
     assert bool(out.isfinite().all())
 
 
@@ -229,7 +254,7 @@ def test_no_weight_is_memory_that_nobody_wrote(name: str, monkeypatch: pytest.Mo
     assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", [name for name in TINY if name not in SINGLE])
 def test_initial_weights(name: str) -> None:
     """Xavier for what is linear, 0 for what modulates, N(0, 0.02^2) for the MLPs of times and vectors."""
     config = replace(TINY[name], hidden_size=48)
@@ -352,9 +377,10 @@ def test_an_edit_can_skip_a_block_and_put_features_back(tiny: tuple[Model, Any])
     assert torch.equal(replay, out)
 
 
-def test_attention_can_be_the_identity_in_some_rows(tiny: tuple[Model, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", [name for name in TINY if name not in SINGLE])
+def test_attention_can_be_the_identity_in_some_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if every token of these rows were masked from all but itself; the other rows do not change by a bit."""
-    model, config = tiny
+    model, config = randomise(TINY[name].build()), TINY[name]
     inputs, rows = given(config, 3), torch.tensor([True, False, True])
     real = torch.nn.functional.scaled_dot_product_attention
 

@@ -30,6 +30,7 @@ from .interop import (
     Format,
     Found,
     diffusers_settings,
+    fill,
     meta,
     read,
     read_json,
@@ -208,10 +209,11 @@ def export_run(
 ) -> list[str]:
     """Write the weights of a run, or of a checkpoint, as published ones; lines that say what was written.
 
-    form: "official" (DiT, SiT, JiT, ADM: .pt, .pth or .safetensors; Drax: a folder), "diffusers" (a DiTPipeline's) or
-    "lora" (only the adapters of a run that has some; .safetensors). ema, ema_std: as in `load`. approximate: write a
-    DiT with the release's time frequencies for diffusers, which computes others. Raises DitkitError for what the layout
-    cannot express, and for an `out` that exists.
+    form: "official" (DiT, SiT, JiT, ADM, PixArt, Sana: .pt, .pth or .safetensors; Drax: a folder), "diffusers" (the
+    folder of a DiTPipeline; of PixArt, Sana and SD3 that of the transformer) or "lora" (only the adapters of a run that
+    has some; .safetensors). ema, ema_std: as in `load`. approximate: write a DiT with the release's time frequencies
+    for diffusers, which computes others. Raises DitkitError for what the layout cannot express, and for an `out` that
+    exists.
     """
     out = Path(out)
     if out.exists():
@@ -246,7 +248,8 @@ def _adapters(config: Any, weights: dict[str, Tensor], name: str, out: Path) -> 
 
 def _official(checkpoint: Checkpoint, recipe: Recipe, tensors: dict[str, Tensor], name: str, out: Path) -> list[str]:
     """tensors: the weights that are exported; name: what they are called."""
-    kinds = [form for form in FORMATS if form is not DIFFUSERS and isinstance(recipe.model, form.model)]
+    own = [form for form in FORMATS if form is not DIFFUSERS and not form.diffusers]
+    kinds = [form for form in own if isinstance(recipe.model, form.model)]
     if not kinds:
         raise DitkitError(f"a {type(recipe.model).__name__.removesuffix('Config')} was never published by its authors")
     refusals = [form.refusal(recipe.model, recipe.denoiser) for form in kinds]
@@ -257,7 +260,8 @@ def _official(checkpoint: Checkpoint, recipe: Recipe, tensors: dict[str, Tensor]
     model = meta(recipe.model)
     weights = chosen.write(model, tensors)
     if chosen.settings is not None:
-        held = ", ".join((chosen.file, *_write_folder(out, chosen, weights, recipe)))
+        held = f"{chosen.file}, with its settings"
+        atomic_write(out, lambda folder: fill(chosen, recipe.model, recipe.denoiser, weights, folder))
     elif out.suffix == ".safetensors":
         held = "a bare state dict"
         atomic_write(out, lambda path: save_file(weights, path))
@@ -289,26 +293,24 @@ def _official(checkpoint: Checkpoint, recipe: Recipe, tensors: dict[str, Tensor]
     return [f"{chosen.title}, {name} of {checkpoint.folder}: {len(weights)} tensors ({held})", f"written: {out}"]
 
 
-def _write_folder(out: Path, form: Format, weights: dict[str, Tensor], recipe: Recipe) -> list[str]:
-    """A folder of weights and settings; the names of the settings."""
-    assert form.settings is not None
-    settings = form.settings(recipe.model, recipe.denoiser)
-
-    def fill(folder: Path) -> None:
-        for name, content in settings.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-        (folder / form.file).parent.mkdir(parents=True, exist_ok=True)
-        contiguous = {name: value.contiguous() for name, value in weights.items()}
-        save_file(contiguous, folder / form.file, {"format": "pt"})
-
-    atomic_write(out, fill)
-    return list(settings)
+def _transformer(form: Format, recipe: Recipe, weights: dict[str, Tensor], out: Path) -> list[str]:
+    """The folder of a transformer alone, for a family whose text encoders ditkit does not hold."""
+    if refusal := form.refusal(recipe.model, recipe.denoiser):
+        raise DitkitError(refusal)
+    tensors = form.write(meta(recipe.model), weights)
+    atomic_write(out, lambda folder: fill(form, recipe.model, recipe.denoiser, tensors, folder))
+    return [
+        f"{form.title}: {len(tensors)} tensors, the transformer alone, without text encoder, autoencoder and scheduler",
+        f"written: {out}",
+    ]
 
 
 def _diffusers(recipe: Recipe, weights: dict[str, Tensor], out: Path, approximate: bool) -> list[str]:
     config, meaning, codec = recipe.model, recipe.denoiser, recipe.codec
     if not isinstance(config, DIFFUSERS.model):
+        for form in FORMATS:
+            if form.diffusers and isinstance(config, form.model):
+                return _transformer(form, recipe, weights, out)
         raise DitkitError(
             f"diffusers has no pipeline for a {type(config).__name__.removesuffix('Config')}: use --format official"
         )

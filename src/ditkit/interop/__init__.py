@@ -4,12 +4,14 @@ from .adm import ADM, unet_config
 from .control import Z_IMAGE_CONTROL, z_image_control_settings
 from .dit import DIFFUSERS, DIT, SIT, diffusers_settings
 from .drax import DRAX
-from .format import Format, Found, meta, read, save, size_name
+from .format import Format, Found, fill, meta, read, save, size_name
 from .jit import JIT
 from .kandinsky5 import KANDINSKY5, kandinsky5_settings
 from .lora import read_adapters, write_adapters
 from .lumina2 import LUMINA2, LUMINA2_OFFICIAL, lumina2_settings
 from .mmdit import DIFFUSERS_SD3, SD3
+from .pixart import DIFFUSERS_PIXART, PIXART
+from .sana import DIFFUSERS_SANA, SANA
 from .source import open_source, read_json
 from .table import Rule
 from .transfer import Transfer, transfer
@@ -25,6 +27,10 @@ FORMATS = (
     DIFFUSERS,
     DIFFUSERS_SD3,
     DRAX,
+    PIXART,
+    DIFFUSERS_PIXART,
+    SANA,
+    DIFFUSERS_SANA,
     Z_IMAGE,
     Z_IMAGE_COMFY,
     LUMINA2,
@@ -36,6 +42,8 @@ FORMATS = (
 __all__ = [
     "ADM",
     "DIFFUSERS",
+    "DIFFUSERS_PIXART",
+    "DIFFUSERS_SANA",
     "DIFFUSERS_SD3",
     "DIT",
     "DRAX",
@@ -44,6 +52,8 @@ __all__ = [
     "KANDINSKY5",
     "LUMINA2",
     "LUMINA2_OFFICIAL",
+    "PIXART",
+    "SANA",
     "SD3",
     "SIT",
     "Z_IMAGE",
@@ -54,6 +64,7 @@ __all__ = [
     "Rule",
     "Transfer",
     "diffusers_settings",
+    "fill",
     "kandinsky5_settings",
     "lumina2_settings",
     "meta",

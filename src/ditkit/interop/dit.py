@@ -16,11 +16,11 @@ from ..diffusion.grid import SiT as SiTGrid
 from ..diffusion.objective import Uniform as UniformTimes
 from ..layers import sincos_2d
 from ..models import DiTConfig
-from .format import Format, Shapes, block_count, integer, option, published, settings, shape
+from .format import Format, Shapes, block_count, expect, integer, option, published, settings, shape
 from .source import Source
 from .table import Rule
 
-__all__ = ["DIFFUSERS", "DIT", "SIT", "diffusers_settings", "side_of", "square"]
+__all__ = ["DIFFUSERS", "DIT", "SIT", "ddpm_meaning", "diffusers_settings", "side_of", "square"]
 
 _TABLE = "y_embedder.embedding_table.weight"
 
@@ -153,9 +153,7 @@ def _diffusers_config(source: Source, shapes: Shapes, options: Mapping[str, Any]
         "norm_type": "ada_norm_zero", "activation_fn": "gelu-approximate", "attention_bias": True,
         "norm_elementwise_affine": False, "dropout": 0.0,
     }  # fmt: skip
-    for name, value in fixed.items():
-        if said.get(name, value) != value:
-            raise DitkitError(f"transformer/config.json: {name} is {said[name]!r}; only {value!r} is a DiT")
+    expect(said, fixed, "a DiT")
     dim, channels, *patches = shape(shapes, "pos_embed.proj.weight", 4)
     patch = side_of(tuple(patches), "pos_embed.proj.weight")
     size, heads = integer(said, "sample_size", 32), integer(said, "num_attention_heads", 16)
@@ -185,7 +183,7 @@ def _diffusers_config(source: Source, shapes: Shapes, options: Mapping[str, Any]
     )
 
 
-def _diffusers_meaning(source: Source, config: DiTConfig) -> Meaning:
+def ddpm_meaning(source: Source, config: Any) -> Meaning:
     """What scheduler/scheduler_config.json says; without it, DiT's own."""
     said = source.json("scheduler/scheduler_config.json")
     where = "scheduler/scheduler_config.json"
@@ -249,7 +247,7 @@ DIFFUSERS = Format(
         Rule("final_layer.linear.*", ("proj_out_2.*",)),
     ),
     config=_diffusers_config,
-    denoiser=_diffusers_meaning,
+    denoiser=ddpm_meaning,
     refusal=_not_diffusers,
     # what DiTPipeline does unless told otherwise
     sampling=lambda config: {

@@ -24,6 +24,8 @@ __all__ = [
     "Found",
     "Shapes",
     "block_count",
+    "expect",
+    "fill",
     "integer",
     "meta",
     "option",
@@ -74,6 +76,11 @@ class Format:
     constants: Callable[[Any], Mapping[str, Tensor]] = lambda config: {}
     settings: Callable[[Any, Any], dict[str, dict[str, Any]]] | None = None
     file: str = ""
+
+    @property
+    def diffusers(self) -> bool:
+        """Whether it is the folder of a transformer in diffusers."""
+        return self.file == "diffusion_pytorch_model.safetensors"
 
     def pairs(self, model: Model) -> list[Pair]:
         """The table of a model."""
@@ -232,12 +239,16 @@ def save(form: Format, model: Model, meaning: Meaning | TokenMeaning, path: str 
         raise DitkitError(f"{path} exists already: choose another")
     if refusal := form.refusal(model.config, meaning):
         raise DitkitError(refusal)
-    weights = {name: value.contiguous() for name, value in form.write(model, model.state_dict()).items()}
+    fill(form, model.config, meaning, form.write(model, model.state_dict()), path)
+
+
+def fill(form: Format, config: Any, meaning: Any, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Make the file, or the folder with its settings, of weights under their names."""
     if form.settings is not None:
         path.mkdir(parents=True)
-        for name, content in form.settings(model.config, meaning).items():
+        for name, content in form.settings(config, meaning).items():
             (path / name).write_text(json.dumps(content, indent=2) + "\n")
-    save_file(weights, path / form.file, {"format": "pt"})
+    save_file({name: value.contiguous() for name, value in weights.items()}, path / form.file, {"format": "pt"})
 
 
 def meta(config: Any) -> Model:
@@ -263,6 +274,13 @@ def settings(source: Source) -> dict[str, Any]:
             f"{source.path}: give the folder, not the file: its config.json says how many heads there are"
         )
     return source.settings()
+
+
+def expect(settings: Mapping[str, Any], values: Mapping[str, Any], what: str) -> None:
+    """Raises DitkitError where the config.json of a transformer says anything else."""
+    for name, value in values.items():
+        if settings.get(name, value) != value:
+            raise DitkitError(f"transformer/config.json: {name} is {settings[name]!r}; only {value!r} is {what}")
 
 
 def integer(settings: Mapping[str, Any], name: str, default: int) -> int:

@@ -1,8 +1,10 @@
 """The small set of layers that every family is built from; no model is named here."""
 
-from .attention import Attention, CrossAttention, QKNorm, attend, attend_self, key_mask
+from .attention import Attention, CrossAttention, LinearAttention, QKNorm, attend, attend_self, key_mask
 from .blocks import (
     AdaLNBlock,
+    AdaLNSingleBlock,
+    AdaLNSingleFinal,
     AdaLNZeroBlock,
     CrossBlock,
     DualBlock,
@@ -27,8 +29,8 @@ from .embeddings import (
     sincos_2d,
     sinusoid,
 )
-from .init import init_adaln_zero, init_convolutional
-from .mlp import Activation, Mlp, SwiGLU
+from .init import init_adaln_single, init_adaln_zero, init_convolutional
+from .mlp import Activation, MixFFN, Mlp, SwiGLU
 from .modulation import adaln, modulate, over_tokens
 from .norms import RMSNorm, layer_norm
 from .patches import BottleneckPatchEmbed, PatchEmbed, PatchOrder, patch_grid, patchify, unpatchify
@@ -49,6 +51,8 @@ from .rope import (
 __all__ = [
     "Activation",
     "AdaLNBlock",
+    "AdaLNSingleBlock",
+    "AdaLNSingleFinal",
     "AdaLNZeroBlock",
     "Arrangement",
     "Attention",
@@ -66,7 +70,9 @@ __all__ = [
     "LabelEmbedder",
     "LayerNorm32",
     "Linear32",
+    "LinearAttention",
     "Mask",
+    "MixFFN",
     "Mlp",
     "Nabla",
     "Pairs",
@@ -96,6 +102,7 @@ __all__ = [
     "check_heads_even",
     "check_label",
     "grid_angles",
+    "init_adaln_single",
     "init_adaln_zero",
     "init_convolutional",
     "key_mask",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +14,17 @@ from .norms import RMSNorm
 from .patterns import Mask, attend_blocks
 from .rope import Pairs, rotate
 
-__all__ = ["Attention", "CrossAttention", "QKNorm", "attend", "attend_self", "key_mask"]
+__all__ = ["Attention", "CrossAttention", "LinearAttention", "QKNorm", "attend", "attend_self", "key_mask"]
 
 QKNorm = Literal["head", "across"] | None
 """RMS norm of q and k: of each head, of all heads as one vector, or none."""
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Without autocast, where there is one."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def attend(
@@ -161,6 +169,31 @@ class Attention(nn.Module):
         """mask: True = may be attended. identity: see `attend_self`."""
         q, k, v = self.project(x, rope)
         return self.merge(attend_self(q, k, v, mask, self.attn_drop if self.training else 0.0, identity))
+
+
+class LinearAttention(Attention):
+    """Self-attention whose weights are relu(q) . relu(k) over their sum: its cost grows with n, not with n^2
+    (Katharopoulos et al. 2020; Sana, Xie et al. 2024, arXiv 2410.10629, section 2.2). The sums are in float32."""
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n d"],
+        rope: Float[Tensor, "2 ... n hd"] | None = None,
+        mask: Mask | None = None,
+        *,
+        identity: Bool[Tensor, "b"] | None = None,
+    ) -> Float[Tensor, "b n d"]:
+        """identity: as in `Attention`. Raises ValueError for a mask: the sums are the same for all tokens."""
+        if mask is not None:
+            raise ValueError("linear attention takes no mask")
+        q, k, v = self.project(x, rope)
+        with full_precision(x.device):
+            q, k, values = q.relu().float(), k.relu().float(), v.float()
+            sums, total = k.mT @ values, k.sum(-2).unsqueeze(-1)
+            out = ((q @ sums) / (q @ total + 1e-15)).to(v.dtype)
+        if identity is not None:
+            out = torch.where(identity[:, None, None, None], v, out)
+        return self.merge(out)
 
 
 class CrossAttention(nn.Module):

@@ -18,6 +18,8 @@ from .rope import rotate
 
 __all__ = [
     "AdaLNBlock",
+    "AdaLNSingleBlock",
+    "AdaLNSingleFinal",
     "AdaLNZeroBlock",
     "CrossBlock",
     "DualBlock",
@@ -374,6 +376,52 @@ class ParallelBlock(nn.Module):
         else:
             h = F.gelu(h, approximate="tanh")
         return x + over_tokens(gate) * self.linear2(torch.cat((out, h), dim=-1))
+
+
+class AdaLNSingleBlock(nn.Module):
+    """Self-attention and MLP, modulated and gated by six vectors that all blocks share plus a table of the block's own
+    (adaLN-single); between the two, attention to given tokens, without a norm and without a gate (PixArt-alpha, Chen et
+    al. 2023, arXiv 2310.00426, section 2.3 and figure 4; Sana)."""
+
+    def __init__(self, dim: int, norm1: nn.Module, attn: nn.Module, cross: nn.Module, norm2: nn.Module, mlp: nn.Module):
+        super().__init__()
+        self.norm1, self.attn, self.cross, self.norm2, self.mlp = norm1, attn, cross, norm2, mlp
+        self.scale_shift_table = nn.Parameter(torch.empty(6, dim))
+
+    def keys(self, tokens: Float[Tensor, "b m g"]) -> tuple[Float[Tensor, "b h m hd"], Float[Tensor, "b h m hd"]]:
+        """Keys and values of the given tokens: the same at every step of a trajectory."""
+        return self.cross.keys(tokens)  # type: ignore[operator]
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n d"],
+        c: Float[Tensor, "b 6 d"],
+        tokens: Float[Tensor, "b m g"] | tuple[Float[Tensor, "b h m hd"], Float[Tensor, "b h m hd"]],
+        tokens_mask: Bool[Tensor, "#b #h #n m"] | None = None,
+        grid: tuple[int, int] | None = None,
+        *,
+        identity: Bool[Tensor, "b"] | None = None,
+    ) -> Float[Tensor, "b n d"]:
+        """tokens: what is given, or what `keys` made of it. grid: rows and columns, for an MLP that sees neighbours."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + c).unbind(1)
+        x = x + over_tokens(gate1) * self.attn(modulate(self.norm1(x), shift1, scale1), identity=identity)
+        x = x + self.cross(x, tokens, tokens_mask)
+        y = modulate(self.norm2(x), shift2, scale2)
+        return x + over_tokens(gate2) * (self.mlp(y) if grid is None else self.mlp(y, grid))
+
+
+class AdaLNSingleFinal(nn.Module):
+    """The last layer of adaLN-single: a norm, shifted and scaled by the time vector plus a table, and a Linear."""
+
+    def __init__(self, dim: int, features: int, norm: nn.Module):
+        super().__init__()
+        self.norm_final = norm
+        self.scale_shift_table = nn.Parameter(torch.empty(2, dim))
+        self.linear = nn.Linear(dim, features)
+
+    def forward(self, x: Float[Tensor, "b n d"], t: Float[Tensor, "b d"]) -> Float[Tensor, "b n f"]:
+        shift, scale = (self.scale_shift_table + t[:, None]).unbind(1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
 class FinalLayer(nn.Module):

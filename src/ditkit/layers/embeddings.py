@@ -111,18 +111,26 @@ class TokenEmbedder(nn.Embedding):
 
 
 def sincos_2d(
-    dim: int, grid: tuple[int, int], device: torch.device | None = None, *, start: float = 0.0, step: float = 1.0
+    dim: int,
+    grid: tuple[int, int],
+    device: torch.device | None = None,
+    *,
+    start: float = 0.0,
+    step: float | tuple[float, float] = 1.0,
 ) -> Float[Tensor, "1 n d"]:
     """Fixed positions of a grid of patches: the first half of the channels says the column, the second the row.
 
-    Patches are at `start`, `start` + `step`, ... along both axes.
+    Patches are at `start`, `start` + `step`, ... along both axes; `step` of the rows and of the columns may differ.
 
     Within each half first all sines, then all cosines, with frequencies 10000^(-i/(dim/4)); float64, then float32.
     The column comes first because MAE built its grid so; DiT and JiT inherited it.
     """
     if dim % 4:
         raise ValueError(f"hidden_size {dim} is not divisible by 4, which 2-D sine-cosine positions need")
-    rows, columns = (start + step * torch.arange(n, dtype=torch.float64, device=device) for n in grid)
+    steps = step if isinstance(step, tuple) else (step, step)
+    rows, columns = (
+        start + by * torch.arange(n, dtype=torch.float64, device=device) for n, by in zip(grid, steps, strict=True)
+    )
     row, column = torch.meshgrid(rows, columns, indexing="ij")
     frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64, device=device) / (dim / 4))
     halves = []

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 from torch import Generator, nn
 
-from .blocks import AdaLNZeroBlock, FinalLayer, GatedCrossBlock, ParallelBlock, SandwichBlock, Stream
+from .blocks import (
+    AdaLNSingleBlock,
+    AdaLNSingleFinal,
+    AdaLNZeroBlock,
+    FinalLayer,
+    GatedCrossBlock,
+    ParallelBlock,
+    SandwichBlock,
+    Stream,
+)
 from .convolution import AttentionBlock, ResBlock
 from .embeddings import LabelEmbedder, TimestepEmbedder, VectorEmbedder
 from .norms import RMSNorm
 
-__all__ = ["init_adaln_zero", "init_convolutional"]
+__all__ = ["init_adaln_single", "init_adaln_zero", "init_convolutional"]
 
 _FROM_ZERO = (AdaLNZeroBlock, GatedCrossBlock, SandwichBlock, Stream, ParallelBlock, FinalLayer)
 """Modules whose modulation starts at 0."""
@@ -20,7 +30,7 @@ _FROM_ZERO = (AdaLNZeroBlock, GatedCrossBlock, SandwichBlock, Stream, ParallelBl
 def init_adaln_zero(model: nn.Module, generator: Callable[[str], Generator]) -> None:
     """The initial weights of DiT, which its successors kept.
 
-    Xavier uniform for every Linear and for patch convolutions seen as Linears, biases 0, norms 1; N(0, .02) for label
+    Xavier uniform for every Linear and for convolutions seen as Linears, biases 0, norms 1; N(0, .02) for label
     tables and the MLPs of times and vectors; 0 for the modulations of gated blocks and of the output, and for the
     output itself, so that each gated block starts as the identity. The modulations of blocks without gates are Linears
     as all others.
@@ -28,7 +38,12 @@ def init_adaln_zero(model: nn.Module, generator: Callable[[str], Generator]) -> 
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.xavier_uniform_(module.weight.data.flatten(1), generator=generator(name))
+            rows = module.weight.data.flatten(1)
+            if isinstance(module, nn.Conv2d) and module.groups > 1:  # each group is a Linear
+                bound = math.sqrt(6 / (rows.shape[1] + rows.shape[0] // module.groups))
+                nn.init.uniform_(rows, -bound, bound, generator=generator(name))
+            else:
+                nn.init.xavier_uniform_(rows, generator=generator(name))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, RMSNorm | nn.LayerNorm) and module.weight is not None:
@@ -44,6 +59,25 @@ def init_adaln_zero(model: nn.Module, generator: Callable[[str], Generator]) -> 
             nn.init.zeros_(module.adaLN_modulation[-1].weight)  # type: ignore[arg-type]
         if isinstance(module, FinalLayer):
             nn.init.zeros_(module.linear.weight)
+
+
+def init_adaln_single(model: nn.Module, generator: Callable[[str], Generator]) -> None:
+    """The initial weights of PixArt-alpha, which its successors kept: those of DiT, and
+
+    N(0, 1 / width) for the tables of blocks and of the last layer; 0 for the outputs of cross-attentions; N(0, .02) for
+    the shared modulation (`t_block`) and the MLP of the text (`y_embedder`). Blocks do not start as the identity.
+    """
+    init_adaln_zero(model, generator)
+    for name, module in model.named_modules():
+        if isinstance(module, AdaLNSingleBlock | AdaLNSingleFinal):
+            table = module.scale_shift_table
+            nn.init.normal_(table, std=table.shape[1] ** -0.5, generator=generator(f"{name}.scale_shift_table"))
+        if isinstance(module, AdaLNSingleBlock):
+            nn.init.zeros_(module.cross.proj.weight)  # type: ignore[union-attr, arg-type]
+        if isinstance(module, AdaLNSingleFinal):
+            nn.init.zeros_(module.linear.weight)
+        if isinstance(module, nn.Linear) and name.split(".")[0] in ("t_block", "y_embedder"):
+            nn.init.normal_(module.weight, std=0.02, generator=generator(f"{name}.weight"))
 
 
 def init_convolutional(model: nn.Module, generator: Callable[[str], Generator], zero: Iterable[nn.Module] = ()) -> None:

@@ -11,8 +11,10 @@ from .lora import LoRAConfig, adapters, base_weights, merged, unadapted
 from .lumina2 import Lumina2, Lumina2Config
 from .mlp import MLP, MLPConfig
 from .mmdit import MMDiT, MMDiTConfig
+from .pixart import PixArt, PixArtConfig
 from .registry import ImageConfig, Model, ModelConfig, Plan, TokenConfig, create_model, list_models, model_config
 from .resnet import ResNet, ResNetConfig
+from .sana import Sana, SanaConfig
 from .unet import UNet, UNetConfig
 from .zimage import ZImage, ZImageConfig
 
@@ -41,9 +43,13 @@ __all__ = [
     "MMDiTConfig",
     "Model",
     "ModelConfig",
+    "PixArt",
+    "PixArtConfig",
     "Plan",
     "ResNet",
     "ResNetConfig",
+    "Sana",
+    "SanaConfig",
     "TokenConfig",
     "UNet",
     "UNetConfig",

@@ -129,7 +129,7 @@ class Drax(Model):
     def prepare(self, cond: Conditioning, shape: Sequence[int], times: Sequence[float] = ()) -> Conditioning:
         """Keys and values of the audio for every block, the vectors of what is known, and rotations."""
         static: dict[str, Any] = {}
-        audio = self.audio_embedder(_audio(cond, self.config.audio_dim))
+        audio = self.audio_embedder(_audio(cond, self.config.audio_dim).to(self.x_embedder.weight.dtype))
         for i, blk in enumerate(self.blocks):
             static[f"keys.{i}"], static[f"values.{i}"] = blk.keys(audio)  # type: ignore[operator]
         if cond.known is not None:
