@@ -300,6 +300,7 @@ def test_the_prediction_loss_study_runs_and_judges_itself(tmp_path: Path) -> Non
     assert measurement["samples"] == 20
     assert measurement["features"]["sha256"]
     assert "256 numbers in a patch, 64 in the width" in (tmp_path / "report.md").read_text()
+    assert "in held-out digits it is 0.64" in (tmp_path / "report.md").read_text()
 
 
 def judged(large: dict[str, float], small: dict[str, float]) -> list[bool | None]:
