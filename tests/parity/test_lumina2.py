@@ -9,15 +9,19 @@ import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_lumina2_to_diffusers
 from diffusers.models.transformers.transformer_lumina2 import Lumina2Transformer2DModel
+from diffusers.pipelines.lumina2.pipeline_lumina2 import Lumina2Pipeline
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from ditkit.conditioning import Conditioning
 from ditkit.config import DitkitError
-from ditkit.diffusion import Meaning
-from ditkit.interop import FORMATS, LUMINA2, LUMINA2_OFFICIAL, lumina2_settings, read
+from ditkit.diffusion import CFG, Euler, Meaning, guide, integrate
+from ditkit.diffusion.grid import SD3
+from ditkit.interop import FORMATS, LUMINA2, LUMINA2_OFFICIAL, lumina2_settings, read, save
 from ditkit.interop.table import their_shapes
 from ditkit.models import Lumina2, Lumina2Config
+from ditkit.rng import Rng
 
 from .against import captions, compare_gradients, random_weights
 
@@ -67,6 +71,41 @@ def test_the_network_is_that_of_diffusers(changes: dict[str, Any], tmp_path: Pat
     assert x.grad is not None
     assert_close(x.grad, x_there, rtol=1e-4, atol=1e-5 * float(x_there.abs().max()))
     compare_gradients(LUMINA2, model, reference)
+
+
+def test_diffusers_own_pipeline_draws_what_we_draw(tmp_path: Path) -> None:
+    """From an exported folder, with guidance and captions of mixed lengths; a static shift, for the pipeline takes the
+    number of channels for that of tokens where its shift is dynamic."""
+    config = Lumina2Config(
+        input_size=8, in_channels=4, hidden_size=48, depth=2, refiner_depth=1, num_heads=4, kv_heads=2, mlp_hidden=80,
+        axes=(4, 4, 4), text_dim=12,
+    )  # fmt: skip
+    model: Any = random_weights(config.build())
+    meaning = Meaning(prediction="-velocity", clock="1-t")
+    save(LUMINA2, model, meaning, tmp_path / "transformer")
+    pipe: Any = Lumina2Pipeline(
+        transformer=Lumina2Transformer2DModel.from_pretrained(tmp_path / "transformer"),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0),
+        vae=None,  # type: ignore[arg-type]
+        text_encoder=None,  # type: ignore[arg-type]
+        tokenizer=None,  # type: ignore[arg-type]
+    )
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(5)
+    noise = torch.randn(2, 4, 8, 12, generator=generator)
+    text, other = (
+        captions([torch.randn(n, 12, generator=generator) for n in lengths], 40) for lengths in ([5, 40], [1, 22])
+    )
+    there = pipe(
+        height=64, width=96, num_inference_steps=6, guidance_scale=3.0, latents=noise.clone(), cfg_normalization=False,
+        prompt_embeds=text.values, prompt_attention_mask=text.mask, negative_prompt_embeds=other.values,
+        negative_prompt_attention_mask=other.mask, output_type="latent",
+    ).images  # fmt: skip
+    guided = guide(meaning.of(model), CFG(3.0, Conditioning(text=other)))
+    times, rng = SD3(2.0)(6, meaning.path, 24), Rng(0, sample_ids=torch.arange(2))
+    with torch.no_grad():
+        here = integrate(guided, Euler(), times, noise, Conditioning(text=text), rng)
+    assert_close(here, there, rtol=1e-4, atol=1e-4)
 
 
 def test_the_folder_and_its_settings_come_back(tmp_path: Path) -> None:

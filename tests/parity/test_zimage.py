@@ -9,16 +9,20 @@ import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_z_image_transformer_checkpoint_to_diffusers
 from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
+from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.testing import assert_close
 
 from ditkit.conditioning import Conditioning
 from ditkit.config import DitkitError
-from ditkit.diffusion import Meaning
-from ditkit.interop import FORMATS, Z_IMAGE, Z_IMAGE_COMFY, read, z_image_settings
+from ditkit.diffusion import CFG, Euler, Meaning, guide, integrate
+from ditkit.diffusion.grid import SD3
+from ditkit.interop import FORMATS, Z_IMAGE, Z_IMAGE_COMFY, read, save, z_image_settings
 from ditkit.interop.table import their_shapes
 from ditkit.models import ZImage, ZImageConfig
+from ditkit.rng import Rng
 
 from .against import captions, compare_gradients, random_weights
 
@@ -173,6 +177,41 @@ def test_full_segments_are_those_of_diffusers_as_it_is(tmp_path: Path) -> None:
         segments = torch.tensor([lengths], dtype=torch.float32)
         cond = Conditioning(text=captions([text], 128), references=clean, scalars={"segments": segments})
         assert torch.allclose(model(x, t, cond), there[0][:, 0][None], rtol=1e-5, atol=1e-5) == same
+
+
+def test_diffusers_own_pipeline_draws_what_we_draw(tmp_path: Path) -> None:
+    """From an exported folder: the published grid (shift 3), guidance pos + g (pos - neg), captions of mixed lengths.
+
+    Given its noise levels, diffusers' scheduler shifts them once (#13243 is about those that it makes itself).
+    """
+    config = ZImageConfig(
+        input_size=8, in_channels=4, hidden_size=32, depth=2, num_heads=2, axes=(4, 6, 6), text_dim=12
+    )
+    model: Any = random_weights(config.build())
+    meaning = Meaning(prediction="-velocity", clock="1-t")
+    save(Z_IMAGE, model, meaning, tmp_path / "transformer")
+    pipe: Any = ZImagePipeline(
+        transformer=ZImageTransformer2DModel.from_pretrained(tmp_path / "transformer"),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=None,  # type: ignore[arg-type]
+        text_encoder=None,  # type: ignore[arg-type]
+        tokenizer=None,  # type: ignore[arg-type]
+    )
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(5)
+    noise = torch.randn(2, 4, 8, 12, generator=generator)
+    texts, others = ([torch.randn(n, 12, generator=generator) for n in lengths] for lengths in ([5, 40], [3, 33]))
+    there = pipe(
+        height=64, width=96, num_inference_steps=6, guidance_scale=2.0, latents=noise.clone(), prompt_embeds=texts,
+        negative_prompt_embeds=others, output_type="latent",
+    ).images  # fmt: skip
+    cond, null = (Conditioning(text=captions(given, 45)) for given in (texts, others))
+    guided = guide(meaning.of(model), CFG(3.0, null))
+    with torch.no_grad():
+        here = integrate(
+            guided, Euler(), SD3(3.0)(6, meaning.path, 24), noise, cond, Rng(0, sample_ids=torch.arange(2))
+        )
+    assert_close(here, there, rtol=1e-4, atol=1e-4)
 
 
 # files

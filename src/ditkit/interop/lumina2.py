@@ -128,6 +128,8 @@ LUMINA2 = Format(
     refusal=_refusal,
     sampling=_sampling,
     objective=lambda config, meaning: Regression("velocity", LogitNormal()),
+    settings=lambda config, meaning: {"config.json": lumina2_settings(config)},
+    file="diffusion_pytorch_model.safetensors",
 )
 
 LUMINA2_OFFICIAL = Format(

@@ -109,6 +109,8 @@ Z_IMAGE = Format(
     refusal=_refusal,
     sampling=_sampling,
     objective=lambda config, meaning: Regression("velocity", LogitNormal()),
+    settings=lambda config, meaning: {"config.json": z_image_settings(config)},
+    file="diffusion_pytorch_model.safetensors",
 )
 
 _FUSED_Q_NORM = "layers.0.attention.q_norm.weight"
