@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from ditkit.conditioning import Conditioning
-from ditkit.models import DiTConfig, JiTConfig, Model
+from ditkit.conditioning import Conditioning, Tokens
+from ditkit.models import DiTConfig, JiTConfig, Kandinsky5Config, Model, ZImageConfig
 
 from .conftest import randomised
 
@@ -25,6 +25,12 @@ class Case:
     stack: str
     given: Callable[[], Conditioning]
     steady: int = 0
+
+
+def text(width: int) -> Tokens:
+    """Texts of three and of five tokens."""
+    values = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(4))
+    return Tokens(values, torch.arange(5) < torch.tensor([[3], [5]]))
 
 
 CASES = {
@@ -41,6 +47,22 @@ CASES = {
         "blocks",
         lambda: Conditioning(label=torch.tensor([1, 5])),
         steady=1,
+    ),
+    "z_image": Case(
+        ZImageConfig(
+            input_size=16, in_channels=2, hidden_size=32, depth=5, refiner_depth=1, num_heads=2, axes=(4, 6, 6),
+            text_dim=12,
+        ),
+        "blocks",
+        lambda: Conditioning(text=text(12)),
+    ),
+    "kandinsky5": Case(
+        Kandinsky5Config(
+            input_size=(2, 8, 8), in_channels=2, given_channels=False, hidden_size=32, ff_dim=64, time_dim=16,
+            text_depth=1, depth=5, axes=(4, 6, 6), text_dim=12, pooled_dim=6,
+        ),
+        "blocks",
+        lambda: Conditioning(text=text(12), pooled=torch.randn(2, 6, generator=torch.Generator().manual_seed(3))),
     ),
 }  # fmt: skip
 
@@ -119,16 +141,17 @@ def test_a_residual_cache_runs_the_first_block_alone_where_nothing_moved(
     assert torch.equal(model(far, t, cond, edit=cache), model(far, t, cond))
 
 
+def some(arg: Any, n: int, keep: Tensor) -> Any:
+    """What a block gets besides n tokens, for some of them: rows of rotations, columns of masks; all else as it is."""
+    if not isinstance(arg, Tensor) or arg.ndim < 2:
+        return arg
+    axis = -1 if arg.dtype == torch.bool else -2
+    return arg.index_select(arg.ndim + axis, keep) if arg.shape[axis] == n else arg
+
+
 def route(first: str, last: str, keep: Tensor) -> Callable[..., Tensor]:
     """Only some tokens go through the blocks from `first` to `last`; the others join again unchanged (TREAD)."""
     state: dict[str, Any] = {}
-
-    def some(arg: Any, n: int) -> Any:
-        if isinstance(arg, Tensor) and arg.ndim >= 2:
-            for axis in (-1, -2):
-                if arg.shape[axis] == n and (axis == -2 or arg.dtype == torch.bool):
-                    arg = arg.index_select(arg.ndim + axis, keep)
-        return arg
 
     def edit(site: str, block: nn.Module, x: Tensor, *args: Any) -> Tensor:
         if site == first:
@@ -136,7 +159,7 @@ def route(first: str, last: str, keep: Tensor) -> Callable[..., Tensor]:
         if "all" not in state:
             return block(x, *args)
         n = state["all"].shape[1]
-        out = block(x[:, keep] if site == first else x, *(some(arg, n) for arg in args))
+        out = block(x[:, keep] if site == first else x, *(some(arg, n, keep) for arg in args))
         if site != last:
             return out
         whole = state.pop("all").clone()
@@ -183,10 +206,7 @@ def _args(model: Model, given: tuple[Any, ...], site: str, keep: Tensor, n: int)
         return block(x, *args)
 
     model(*given, edit=watch)
-    return [
-        a[..., keep, :] if isinstance(a, Tensor) and a.ndim >= 2 and a.shape[-2] == n and a.dtype != torch.bool else a
-        for a in found
-    ]
+    return [some(a, n, keep) for a in found]
 
 
 def test_hints_are_added_behind_blocks_and_at_scale_0_change_nothing(
