@@ -18,8 +18,8 @@ from torch.testing import assert_close
 from ditkit.conditioning import Conditioning, Tokens, cat
 from ditkit.config import DitkitError, from_json, to_json
 from ditkit.diffusion import CFG, Linear, Meaning, guide
-from ditkit.layers import DualBlock, FinalLayer, ParallelBlock, Stream, sincos_2d
-from ditkit.models import MMDiTConfig, Model, PixArtConfig, SanaConfig, create_model, model_config
+from ditkit.layers import DualBlock, FinalLayer, ParallelBlock, Stream, axial_angles, rope_table, sincos_2d
+from ditkit.models import FluxConfig, MMDiTConfig, Model, PixArtConfig, SanaConfig, create_model, model_config
 from ditkit.plan import cost
 
 from .conftest import randomise
@@ -32,6 +32,19 @@ TINY: dict[str, Any] = {
     "mmdit of 3.5 medium": MMDiTConfig(
         input_size=4, patch_size=1, in_channels=2, hidden_size=16, depth=3, num_heads=2, text_dim=6, pooled_dim=5,
         position_size=8, qk_norm=True, self_attention=2,
+    ),
+    "flux": FluxConfig(
+        input_size=(4, 6), in_channels=3, hidden_size=48, depth=2, single_depth=2, num_heads=3, text_dim=10,
+        pooled_dim=7, axes=(4, 6, 6),
+    ),
+    "flux without guidance": FluxConfig(
+        input_size=4, in_channels=2, hidden_size=16, depth=1, single_depth=3, num_heads=1, text_dim=6, pooled_dim=5,
+        axes=(4, 6, 6), guidance=False, swiglu=True,
+    ),
+    "flux2": FluxConfig(
+        input_size=4, patch_size=1, in_channels=5, hidden_size=48, depth=2, single_depth=2, num_heads=3, mlp_ratio=3.0,
+        text_dim=10, pooled_dim=0, axes=(4, 4, 4, 4), theta=2000.0, reference_step=10, swiglu=True, bias=False,
+        shared_modulation=True,
     ),
     "pixart": PixArtConfig(
         input_size=(4, 6), in_channels=3, hidden_size=24, depth=3, num_heads=3, text_dim=10, position_scale=0.5
@@ -49,6 +62,8 @@ TINY: dict[str, Any] = {
     ),
 }  # fmt: skip
 SINGLE = [name for name in TINY if name.startswith(("pixart", "sana"))]  # also tested in test_adaln_single.py
+CLOCKS = {FluxConfig: "t"}
+STD = {FluxConfig: 0.12}  # of random weights, where 0.2 makes outputs that are larger than tolerances suppose
 
 # what nothing reads, and no gradient reaches: the query of the text in the last block of two streams
 UNREAD = re.compile(r"joint_blocks\.2\.context_block\.attn\.q_norm\.weight")
@@ -59,8 +74,9 @@ COUNTS = {
     "pixart_alpha": 611_349_152, "pixart_alpha_512": 610_856_096, "pixart_sigma": 610_856_096,
     "pixart_sigma_512": 610_856_096, "pixart_sigma_256": 610_856_096, "sana_600m": 591_747_872,
     "sana_1600m": 1_604_462_752, "sana_sprint_600m": 593_501_216, "sana_sprint_1600m": 1_610_237_472,
+    "flux1_dev": 11_901_408_320, "flux1_schnell": 11_891_178_560, "flux2_dev": 32_223_281_152,
 }  # fmt: skip
-SMALL = ("mmdit_tiny", "pixart_tiny", "sana_tiny")
+SMALL = ("mmdit_tiny", "flux1_tiny", "flux2_tiny", "pixart_tiny", "sana_tiny")
 
 
 def given(config: Any, b: int = 2, tiles: tuple[int, int] | None = None, length: int = 5) -> Any:
@@ -94,7 +110,7 @@ def text_of(cond: Conditioning) -> Tokens:
 @pytest.fixture(params=TINY)
 def tiny(request: pytest.FixtureRequest) -> tuple[Model, Any]:
     config = TINY[request.param]
-    return randomise(config.build()), config
+    return randomise(config.build(), std=STD.get(type(config), 0.2)), config
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -257,10 +273,11 @@ def test_no_weight_is_memory_that_nobody_wrote(name: str, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("name", [name for name in TINY if name not in SINGLE])
 def test_initial_weights(name: str) -> None:
     """Xavier for what is linear, 0 for what modulates, N(0, 0.02^2) for the MLPs of times and vectors."""
-    config = replace(TINY[name], hidden_size=48)
+    heads = TINY[name].num_heads * (48 // TINY[name].hidden_size)
+    config = replace(TINY[name], hidden_size=48, num_heads=heads)
     model = config.build(seed=3)
     gated = [m for m in model.modules() if isinstance(m, Stream | ParallelBlock | FinalLayer)]
-    assert len(gated) > config.depth
+    assert len(gated) >= config.depth
     for key, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             assert module.bias is None or not module.bias.any()
@@ -334,7 +351,7 @@ def test_a_trajectory_equals_single_calls(tiny: tuple[Model, Any]) -> None:
     model, config = tiny
     x, _, cond = given(config, 2)
     _, _, null = given(config, 2, length=8)
-    denoiser = Meaning(Linear(), "velocity", "1000t").of(model)
+    denoiser = Meaning(Linear(), "velocity", CLOCKS.get(type(config), "1000t")).of(model)
     denoise = denoiser.start(cond, x.shape, (1.0, 0.5, 0.0))
     guided = guide(denoiser, CFG(2.0, null)).start(cond, x.shape, (1.0, 0.5, 0.0))
     for t in (1.0, 0.5):
@@ -432,7 +449,7 @@ def test_autocast_runs_forward_and_backward(tiny: tuple[Model, Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_a_compiled_block_equals_the_plain_one(name: str) -> None:
-    model = randomise(TINY[name].build())
+    model = randomise(TINY[name].build(), std=STD.get(type(TINY[name]), 0.2))
     inputs = given(TINY[name])
     plain = model(*inputs)
     for lists in model.plan.shard:
@@ -460,6 +477,11 @@ def test_errors_say_what_is_missing_or_which_option_to_change(tiny: tuple[Model,
         wrong.append((lambda: model(x, t, replace(cond, pooled=None)), "takes a pooled text .* and none was given"))
         other = replace(cond, pooled=torch.zeros(2, 99))
         wrong.append((lambda: model(x, t, other), r"pooled_dim=\d+.*\[2, 99\]: change pooled_dim"))
+    if cond.scalars:
+        wrong.append((lambda: model(x, t, replace(cond, scalars={})), r"guidance=True .*: none was given"))
+    elif hasattr(config, "guidance"):
+        scalars = {"guidance": torch.ones(2)}
+        wrong.append((lambda: model(x, t, replace(cond, scalars=scalars)), r"guidance=False .*: one was given"))
     for call, says in wrong:
         with pytest.raises(ValueError, match=says) as caught:
             call()
@@ -483,11 +505,76 @@ def test_a_configuration_fits_latents_and_refuses_what_it_cannot_be(tiny: tuple[
         ("mmdit", {"text_dim": 0}, "model.text_dim must be at least 1, not 0"),
         ("mmdit", {"self_attention": 4}, r"self_attention is 0 to depth \(3\), not 4"),
         ("mmdit", {"input_size": 12}, "has 6 x 6 patches, .* has 5 in a row: raise model.position_size"),
+        ("flux", {"num_heads": 2}, "hidden_size 48 is not num_heads 2 x 16, the sum of axes"),
+        ("flux", {"axes": (4, 5, 7)}, r"axes are 3 or 4 even numbers of channels, not \(4, 5, 7\)"),
+        ("flux", {"axes": (8, 8)}, r"axes are 3 or 4 even numbers of channels, not \(8, 8\)"),
+        ("flux2", {"pooled_dim": -1}, "pooled_dim is at least 0, not -1"),
+        ("flux2", {"single_depth": 0}, "single_depth must be at least 1, not 0"),
     ],
 )
 def test_sizes_that_cannot_be_built_are_refused(name: str, change: dict[str, Any], says: str) -> None:
     with pytest.raises(DitkitError, match=says):
         replace(TINY[name], **change).build()
+
+
+# FLUX alone
+
+
+@pytest.fixture(params=["flux", "flux2"])
+def flux(request: pytest.FixtureRequest) -> tuple[Any, Any]:
+    config = TINY[request.param]
+    return randomise(config.build(), std=STD.get(type(config), 0.2)), config
+
+
+def test_references_of_any_size_are_seen_and_their_text_is_masked(flux: tuple[Any, Any]) -> None:
+    model, config = flux
+    p = config.patch_size
+    x, t, cond = given(config, 2, (2, 3))
+    plain = model(x, t, cond)
+    for count, rows, columns in ((1, 2, 3), (2, 1, 4)):
+        shape = (2, count, config.in_channels, rows * p, columns * p)
+        seen = torch.randn(shape, generator=torch.Generator().manual_seed(4)).requires_grad_()
+        wider = replace(cond, references=seen)
+        out = model(x, t, wider)
+        assert out.shape == x.shape
+        assert not torch.allclose(out, plain, atol=1e-3)
+        (of_seen,) = torch.autograd.grad(out[1, 0, 0, 0], seen)
+        assert bool((of_seen[1] != 0).all())
+        assert not of_seen[0].any()
+        longer = replace(wider, text=text_of(cond).padded(11))
+        assert_close(model(x, t, longer), out, rtol=1e-5, atol=1e-5)
+        assert torch.equal(model(x, t, model.prepare(wider, x.shape)), out)
+        assert_close(model(x[1:], t[1:], wider.rows(slice(1, 2))), out[1:], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=f"in_channels={config.in_channels}.*change in_channels"):
+        model(x, t, replace(cond, references=torch.zeros(2, 1, 9, 2 * p, 2 * p)))
+
+
+def test_text_and_references_have_places_of_their_own(flux: tuple[Any, Any]) -> None:
+    """(time, row, column, place in the text): the text counts in the last alone, a reference stands at its time."""
+    model, config = flux
+    axes = len(config.axes)
+    table = model.rope(3, [(0, 2, 2), (2 * config.reference_step, 1, 3)])[0]
+    places = [(0, 0, 0, i) for i in range(3)]
+    places += [(0, 0, 0, 0), (0, 0, 1, 0), (0, 1, 0, 0), (0, 1, 1, 0)]
+    places += [(2 * config.reference_step, 0, i, 0) for i in range(3)]
+    positions = [torch.tensor(axis) for axis in list(zip(*places, strict=True))[:axes]]
+    assert torch.equal(table, rope_table(axial_angles(positions, config.axes, config.theta)))
+
+
+def test_modulation_is_made_once_or_by_each_block() -> None:
+    def names(name: str) -> set[str]:
+        with torch.device("meta"):
+            model = TINY[name].build()
+        return {key.rsplit(".", 2)[0] for key, _ in model.named_parameters() if "modulation" in key}
+
+    streams = {f"double_blocks.{i}.{s}.adaLN_modulation" for i in (0, 1) for s in ("x_block", "context_block")}
+    assert names("flux") == {
+        *streams,
+        *(f"single_blocks.{i}.adaLN_modulation" for i in (0, 1)),
+        "final_layer.adaLN_modulation",
+    }
+    shared = {"double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation"}
+    assert names("flux2") == {*shared, "final_layer.adaLN_modulation"}
 
 
 # MMDiT alone

@@ -13,11 +13,12 @@ from ditkit.models import Model
 
 
 def random_parameters(model: Any, seed: int = 0) -> Any:
-    """The same network with parameters from 0.08 N(0, 1), none of them zero."""
+    """The same network with parameters from 0.08 N(0, 1), those of norms around 1, so that attention is not uniform."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.08 * torch.randn(parameter.shape, generator=generator))
+        for name, parameter in model.named_parameters():
+            middle = 1.0 if name.endswith("weight") and parameter.ndim == 1 else 0.0
+            parameter.copy_(middle + 0.08 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 
 

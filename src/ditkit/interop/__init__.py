@@ -4,6 +4,7 @@ from .adm import ADM, unet_config
 from .control import Z_IMAGE_CONTROL, z_image_control_settings
 from .dit import DIFFUSERS, DIT, SIT, diffusers_settings
 from .drax import DRAX
+from .flux import DIFFUSERS_FLUX, DIFFUSERS_FLUX2, FLUX, FLUX2
 from .format import Format, Found, fill, meta, read, save, size_name
 from .jit import JIT
 from .kandinsky5 import KANDINSKY5, kandinsky5_settings
@@ -24,8 +25,12 @@ FORMATS = (
     KANDINSKY5,
     ADM,
     SD3,
+    FLUX,
+    FLUX2,
     DIFFUSERS,
     DIFFUSERS_SD3,
+    DIFFUSERS_FLUX,
+    DIFFUSERS_FLUX2,
     DRAX,
     PIXART,
     DIFFUSERS_PIXART,
@@ -42,11 +47,15 @@ FORMATS = (
 __all__ = [
     "ADM",
     "DIFFUSERS",
+    "DIFFUSERS_FLUX",
+    "DIFFUSERS_FLUX2",
     "DIFFUSERS_PIXART",
     "DIFFUSERS_SANA",
     "DIFFUSERS_SD3",
     "DIT",
     "DRAX",
+    "FLUX",
+    "FLUX2",
     "FORMATS",
     "JIT",
     "KANDINSKY5",

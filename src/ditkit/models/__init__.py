@@ -4,6 +4,7 @@ from .control import Control, ControlConfig
 from .ddit import DDiT, DDiTConfig
 from .dit import DiT, DiTConfig
 from .drax import Drax, DraxConfig
+from .flux import Flux, FluxConfig
 from .jit import JiT, JiTConfig
 from .kandinsky5 import Kandinsky5, Kandinsky5Config
 from .lightningdit import LightningDiT, LightningDiTConfig
@@ -28,6 +29,8 @@ __all__ = [
     "DiTConfig",
     "Drax",
     "DraxConfig",
+    "Flux",
+    "FluxConfig",
     "ImageConfig",
     "JiT",
     "JiTConfig",
