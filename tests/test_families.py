@@ -20,6 +20,8 @@ FALLS = {  # how many times smaller the loss is after 200 steps, at least
     "z_image_tiny": 3.5,
     "lumina2_tiny": 1.0,
     "kandinsky5_tiny": 1.0,
+    "pixart_tiny": 1.0,
+    "sana_tiny": 1.0,
     "resnet_tiny": 4.5,
     "unet_tiny": 10.0,
     "drax_tiny": 2.3,

@@ -53,6 +53,17 @@ def _flow(name: str, meaning: Meaning) -> Recipe:
     )
 
 
+def _table(name: str, variance: str | None) -> Recipe:
+    """Digits of 16 x 16 by the noise on the table of 1000 steps."""
+    return replace(
+        _flow(name, Meaning(DDPM(), "eps", "index")),
+        objective=Regression("eps", Discrete(1000), variance=variance),
+        sample=Sample(
+            steps=50, solver=Ancestral("learned" if variance else "posterior"), grid=Respaced(), guidance=2.0, batch=100
+        ),
+    )
+
+
 def _reads(model: Any) -> bool:
     return hasattr(model, "text_dim")
 
@@ -78,6 +89,16 @@ def kandinsky5_tiny() -> Recipe:
     return replace(recipe, data=MovingDigits(frames=4, resolution=16, digit=10))
 
 
+def sana_tiny() -> Recipe:
+    """Sana, whose tokens are single pixels here: of digits of 8 x 8."""
+    return replace(_flow("sana_tiny", Meaning(prediction="velocity", clock="1000t")), data=Digits(resolution=8))
+
+
+def pixart_tiny() -> Recipe:
+    """PixArt: the noise on the table of 1000 steps, and the variance."""
+    return _table("pixart_tiny", "hybrid")
+
+
 def resnet_tiny() -> Recipe:
     """The plain residual network."""
     return _flow("resnet_tiny", Meaning(prediction="velocity", clock="1000t"))
@@ -85,11 +106,7 @@ def resnet_tiny() -> Recipe:
 
 def unet_tiny() -> Recipe:
     """ADM's U-Net: the noise, on the table of 1000 steps."""
-    return replace(
-        _flow("unet_tiny", Meaning(DDPM(), "eps", "index")),
-        objective=Regression("eps", Discrete(1000)),
-        sample=Sample(steps=50, solver=Ancestral("posterior"), grid=Respaced(), guidance=2.0, batch=100),
-    )
+    return _table("unet_tiny", None)
 
 
 def drax_tiny() -> Recipe:
@@ -108,5 +125,15 @@ def drax_tiny() -> Recipe:
 
 FAMILIES: dict[str, Callable[[], Recipe]] = {
     recipe.__name__: recipe
-    for recipe in (mmdit_tiny, z_image_tiny, lumina2_tiny, kandinsky5_tiny, resnet_tiny, unet_tiny, drax_tiny)
+    for recipe in (
+        mmdit_tiny,
+        z_image_tiny,
+        lumina2_tiny,
+        kandinsky5_tiny,
+        pixart_tiny,
+        sana_tiny,
+        resnet_tiny,
+        unet_tiny,
+        drax_tiny,
+    )
 }
