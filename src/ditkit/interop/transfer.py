@@ -24,6 +24,9 @@ _MAY_DIFFER = {
 }  # fmt: skip
 
 
+_CONVOLUTIONAL_ENDS = ("input_blocks.0.0.weight", "stem.weight", "out.2.weight", "out.2.bias")
+
+
 @dataclass(frozen=True)
 class Change:
     """A tensor that could not be taken as it is, and what was done."""
@@ -110,6 +113,8 @@ def _fit(name: str, given: Tensor, own: Tensor, config: Any, model: Model) -> tu
     target = model.config
     if name in ("y_embedder.embedding_table.weight", "label_emb.weight") and given.shape != own.shape:
         return _labels(given, own, config, target)
+    if name in _CONVOLUTIONAL_ENDS and given.shape != own.shape:
+        return _ends(given, own, config, target)
     if isinstance(config, ImageConfig):
         found = _fit_patches(name, given, own, config, target)
         if found is not None:
@@ -133,6 +138,16 @@ def _labels(given: Tensor, own: Tensor, config: Any, target: Any) -> tuple[Tenso
     made = own.clone()
     made[-1] = given[-1]
     return made, f"{classes} classes begin anew, the null label is kept"
+
+
+def _ends(given: Tensor, own: Tensor, config: Any, target: Any) -> tuple[Tensor | None, str]:
+    """The first or last convolution of other channels or patches, or with the variance or without."""
+    pixels = [(c.in_channels, getattr(c, "patch_size", 1)) for c in (config, target)]
+    if pixels[0] != pixels[1]:
+        return None, " instead of ".join(f"{channels} channels of patches of {side}" for channels, side in pixels[::-1])
+    if len(own) < len(given):
+        return given[: len(own)], "without the variance"
+    return torch.cat((given, torch.zeros_like(given))), "the variance begins at 0"
 
 
 def _fit_patches(name: str, given: Tensor, own: Tensor, config: Any, target: Any) -> tuple[Tensor | None, str] | None:
