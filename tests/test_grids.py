@@ -196,6 +196,15 @@ def test_sit_stays_away_from_the_ends_that_its_prediction_cannot_bear() -> None:
     assert len(SiT(1e-3, 0.04)(250, VP(), 0)) == 251
 
 
+@pytest.mark.parametrize("n", [1, 3, 50])
+def test_no_shift_leads_beyond_noise(n: int) -> None:
+    """shift / (1 + (shift - 1)) is 1 on paper, and 1 + 2e-16 for a shift of 0.1."""
+    for shift in (0.1, 0.3, 1 / 0.3, 0.7, 1.0, 3.0, 7.1, 1e-6, 1e6):
+        for times in (SD3(shift)(n, Linear(), 0), Diffusers(shift)(n, Linear(), 0)):
+            assert times[0] == pytest.approx(1, abs=1e-9)
+            assert all(0 <= t <= 1 for t in times)
+
+
 def test_a_grid_that_visits_a_singular_end_is_refused_by_name(tiny: Recipe) -> None:
     model = tiny.model.build()
     recipe = Recipe(model=tiny.model, denoiser=Meaning(Linear(), "eps"), conditioner=tiny.conditioner)

@@ -380,6 +380,92 @@ def test_samplers_say_which_ends_they_reach() -> None:
         assert bool(((t > 0) & (t <= 1)).all())
 
 
+@pytest.mark.parametrize("law", [Mode(), Mode(-0.9), Cosmap(), LogitNormal(), LogitNormal(3.0, 5.0)], ids=str)
+def test_what_is_rounded_to_float32_does_not_reach_the_ends(law: Any) -> None:
+    """At t = 1 some networks' time is infinite: a run would end there, at the same step each time it goes on."""
+    draws = torch.tensor([2.0**-33, 2.0**-30, 0.5, 1 - 2.0**-30, 1 - 2.0**-33], dtype=torch.float64)
+    t = law(torch.special.ndtri(draws) if law.base == "normal" else draws)
+    assert bool(((t > 0) & (t < 1)).all())
+    assert torch.equal(t, t.float().double())
+    assert law.atoms == ()
+
+
+@pytest.mark.parametrize(
+    ("objective", "meaning", "says"),
+    [
+        (
+            Regression("score"),
+            Meaning(Linear(), "score"),
+            "a loss in score is infinite at t = 0, which the time sampler",
+        ),
+        (Regression(), Meaning(VP(), "velocity"), "a loss in velocity is infinite at t = 0, which the time sampler"),
+        (Regression("eps", weighting=Likelihood()), Meaning(GVP(), "v"), "likelihood is infinite at t = 0, which the"),
+        (
+            Regression("eps", Discrete(), Likelihood()),
+            Meaning(Linear(), "v"),
+            "likelihood is infinite at t = 1, which the time sampler 'discrete' visits: choose one that stays inside",
+        ),
+        (
+            Regression("v", Discrete()),
+            Meaning(Linear(), "v", "log_sigma/4"),
+            "clock 'log_sigma/4' is infinite at t = 1.0",
+        ),
+        (
+            Regression("eps", Discrete(), variance="hybrid"),
+            Meaning(DDPM(zero_snr=True), "eps", "index"),
+            "cannot be read as x0 at t = 1, which the time sampler 'discrete' visits",
+        ),
+    ],
+)
+def test_what_would_fail_at_some_later_step_is_refused_at_once(
+    objective: Regression, meaning: Meaning, says: str
+) -> None:
+    with pytest.raises(DitkitError, match=says):
+        objective.check(meaning.of(Affine(double=True)))
+
+
+def test_with_t_eps_a_loss_of_the_score_is_bounded_near_data() -> None:
+    x0, noise, _ = batch(4, Linear())
+    t = torch.tensor([0.0, 1e-6, 1e-3, 0.05], dtype=torch.float64)
+    for space in ("score", "eps"):
+        objective = Regression(space, Uniform())
+        denoiser = Meaning(Linear(), "score", t_eps=0.05).of(Affine())
+        objective.check(denoiser)
+        error = losses(objective, denoiser, x0, noise, t).total
+        assert float(error.detach().max()) < 50 * (0.05**-2 if space == "score" else 1)
+
+
+def test_the_learned_variance_of_pure_noise_is_a_number() -> None:
+    """At alpha = 0 the log-SNR is infinite; it counts as 40, as do all that are larger."""
+    path = DDPM(1000, 0.00085, 0.012, "scaled_linear", zero_snr=True)
+    denoiser, objective = Meaning(path, "v", "index").of(Affine()), Regression("v", Discrete(), LogVariance(8))
+    learned: Any = objective.learn(denoiser, Rng(0))
+    torch.nn.init.ones_(learned.weight)
+    x0, noise, _ = batch(2, Linear())
+    t = torch.ones(2, dtype=torch.float64)
+    assert bool(learned.loss(denoiser, x0, NOTHING, Replay({"t": t, "noise": noise})).total.isfinite().all())
+    near = learned.log_variance(Linear(), torch.tensor([1e-12, 1 - 1e-12, 0.0, 1.0], dtype=torch.float64))
+    assert_close(near[:2], near[2:], rtol=0, atol=0)
+
+
+def test_the_direction_of_a_vector_is_one_angle() -> None:
+    x0, noise = (torch.randn(5, 3, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    t = torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
+    model: Any = lambda x, t, cond, edit=None: x.flip(1)  # noqa: E731
+    x = (1 - t).float()[:, None] * x0 + t.float()[:, None] * noise
+    found = losses(Regression(direction=2.0), Meaning(Linear(), "velocity").of(model), x0, noise, t).terms["direction"]
+    assert_close(found, 2 * (1 - torch.cosine_similarity(x.flip(1), noise - x0)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("make", "says"), [
+    (lambda: MinSNR(0.0), "gamma must be above 0"), (lambda: P2(-1.0), "must not be negative"),
+    (lambda: P2(k=0.0), "k above 0"),
+])  # fmt: skip
+def test_weightings_that_would_be_zero_or_infinite_are_refused(make: Any, says: str) -> None:
+    with pytest.raises(DitkitError, match=says):
+        make()
+
+
 # weightings
 
 

@@ -327,6 +327,71 @@ def test_a_denoiser_is_checked_before_it_is_used(
             assert all(math.isfinite(c) for c in coefficients)
 
 
+def test_a_multiple_of_the_output_is_read_where_x_says_nothing_new() -> None:
+    """-velocity is the velocity, and the score is eps over sigma, at singular ends too."""
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    for path in (Linear(), GVP(), VP(), VE()):
+        for have, want in (("velocity", "-velocity"), ("-score", "score"), ("-x0", "x0"), ("-eps", "-eps")):
+            of_x, of_out = reading(have, want, path, ends)
+            assert of_x.tolist() == [0, 0]
+            assert of_out.tolist() == [1 if have == want else -1] * 2
+    for path in (Linear(2.0), GVP(), DDPM(1000, 0.00085, 0.012, "scaled_linear", zero_snr=True)):
+        said, _, eps = prediction(path, "eps", torch.ones(3, dtype=torch.float64))
+        assert_close(said.score, -eps / path.prior_std, rtol=1e-12, atol=0)
+        said, _, eps = prediction(path, "score", torch.ones(3, dtype=torch.float64))
+        assert_close(said.eps, eps, rtol=1e-12, atol=0)
+        Meaning(path, "eps").of(identity).check((1.0,), ("score",))
+    Meaning(VP(), "-velocity").of(identity).check((1.0, 0.0), ("velocity",))
+    with pytest.raises(DitkitError, match="score does not determine eps at t = "):
+        reading("score", "eps", Linear(), 0.0)
+
+
+def test_where_nothing_is_left_of_the_data_alpha_is_0() -> None:
+    for path in (Linear(2.0), GVP(), DDPM(zero_snr=True)):
+        assert float(path(1.0)[0]) == 0
+        assert float(log_snr(path, 1.0)) == -math.inf
+    assert float(GVP()(1.0)[1]) == 1
+
+
+@pytest.mark.parametrize(("name", "space"), [("linear scaled", "score"), ("vp", "velocity"), ("ddpm", "-score")])
+def test_with_t_eps_what_should_have_been_said_is_bounded_as_its_readings_are(name: str, space: str) -> None:
+    path = PATHS[name]
+    t = torch.tensor([0.001, 0.02, 0.05, 0.5], dtype=torch.float64)
+    said, x0, eps = prediction(path, space, t, t_eps=0.05)
+    a, b = (c.view(-1, 1, 1) for c in row(space, path, t.clamp(min=0.05)))
+    assert_close(said.out, a * x0 + b * eps, rtol=1e-12, atol=0)
+    assert bool(prediction(path, space, torch.zeros(2, dtype=torch.float64), 0.05)[0].out.isfinite().all())
+    if space != "velocity":
+        assert_close(said.eps, eps, rtol=1e-12, atol=0)
+
+
+def test_t_eps_on_a_table_is_an_entry_of_it() -> None:
+    Meaning(DDPM(), "x0", "index", t_eps=0.05)
+    with pytest.raises(DitkitError, match=r"t_eps 0.0333 is no entry of a path of 1000 steps: use a multiple of 0.001"):
+        Meaning(DDPM(), "x0", "index", t_eps=0.0333)
+
+
+def test_a_time_is_found_within_0_and_1_for_any_noise_level() -> None:
+    for path in PATHS.values():
+        t = path.time(torch.tensor([-1e4, -745.0, -80.0, -10.4, 0.0, 80.0, 1e4], dtype=torch.float64))
+        assert bool(((t >= 0) & (t <= 1)).all()), path
+
+
+@pytest.mark.parametrize(
+    ("meaning", "times", "says"),
+    [
+        (Meaning(DDPM(), "v"), (1.0, 0.7495, 0.5), r"has no entry at t = 0\.7495: use the grid 'ddpm'"),
+        (Meaning(Linear(), "v", "log_sigma/4"), (1.0, 0.5), r"'log_sigma/4' is infinite at t = 1\.0: keep grid"),
+        (Meaning(Linear(), "v", "index"), (0.9, 0.5), "the clock 'index' counts the steps of a DDPM path"),
+    ],
+)
+def test_times_that_a_path_or_a_clock_does_not_have_are_refused_before_sampling(
+    meaning: Meaning, times: tuple[float, ...], says: str
+) -> None:
+    with pytest.raises(DitkitError, match=says):
+        meaning.of(identity).check(times, ("v",))
+
+
 # clocks
 
 

@@ -35,6 +35,7 @@ from ditkit.diffusion import (
     Linear,
     Meaning,
     Midpoint,
+    Prediction,
     SiTSDE,
     Solver,
     UniPC2,
@@ -125,6 +126,29 @@ def test_the_step_control_of_dopri5_sees_the_whole_batch() -> None:
     alone = run(Dopri5(), exact, (1.0, 0.0), x[:1])
     assert not torch.equal(whole[:1], alone)
     assert_close(whole[:1], alone, rtol=0, atol=2e-2)
+
+
+def test_dopri5_asks_for_no_time_beyond_its_step() -> None:
+    """torchdiffeq finds its first step by a trial, which knows no end."""
+    asked: list[float] = []
+
+    def slow(x: Tensor, t: Any) -> Prediction:
+        asked.append(float(t))
+        return Prediction(1e-9 * x, x, torch.tensor(float(t), dtype=torch.float64), Linear(), "velocity")
+
+    x = torch.ones(2, 3)
+    for t, s in ((1.0, 0.9), (0.003, 0.0), (0.5, 0.25)):
+        asked.clear()
+        Dopri5().step(slow, x, t, s, None, Rng(0))
+        assert min(asked) == pytest.approx(s)
+        assert max(asked) == pytest.approx(t)
+        assert all(s <= time <= t for time in asked)
+
+
+def test_deis_in_time_says_that_a_table_has_no_rates() -> None:
+    said = Prediction(torch.ones(2, 3), torch.ones(2, 3), torch.tensor(0.5, dtype=torch.float64), DDPM(), "eps")
+    with pytest.raises(DitkitError, match="has no rates"):
+        DEIS2(variable="t").step(lambda x, t: said, said.x, 0.5, 0.25, DEIS2().init(said.x), Rng(0))
 
 
 def test_without_its_grid_a_solver_that_counts_steps_refuses() -> None:

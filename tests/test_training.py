@@ -19,6 +19,8 @@ import torch
 from ditkit.config import DitkitError
 from ditkit.data import Digits
 from ditkit.diffusion import DDPM, Ancestral, Discrete, LogitNormal, LogVariance, Meaning, Regression
+from ditkit.diffusion.grid import SD3
+from ditkit.diffusion.grid import SiT as SiTGrid
 from ditkit.models import DiTConfig
 from ditkit.pipeline import load
 from ditkit.recipe import Recipe, Sample
@@ -264,6 +266,21 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
     with pytest.raises(DitkitError, match=message):
         train(recipe, tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_rehearsal_visits_times_of_the_recipes_own_grid(tiny: Recipe) -> None:
+    """A grid that fails at its second time is refused; one that only has as many steps as the recipe says is not."""
+    table = replace(
+        tiny,
+        denoiser=Meaning(DDPM(999), "v", "index"),
+        objective=Regression("v", Discrete(999)),
+        sample=Sample(steps=3, solver="ddim", batch=8),  # equal steps, and 999 is no multiple of 2
+    )
+    Trainer(table.fitted(table.data.open()), table.data.open())
+    for grid in (SiTGrid(1e-3), SD3(2.0)):
+        wrong = replace(table, sample=Sample(steps=6, solver="ddim", grid=grid, batch=8))
+        with pytest.raises(DitkitError, match="has no entry at t = "):
+            Trainer(wrong.fitted(wrong.data.open()), wrong.data.open())
 
 
 def test_a_folder_with_another_run_or_other_files_is_left_alone(tiny: Recipe, tmp_path: Path) -> None:

@@ -147,6 +147,15 @@ class Pipeline:
         check_grid(self.guided(chosen, 1), chosen.solver, times, f"the grid {registered_as(chosen.grid)[1]!r}")
         return chosen, times
 
+    def rehearse(self) -> None:
+        """Draw two samples by the first two steps of the recipe's grid and its last, so that what cannot work is said.
+
+        Raises DitkitError.
+        """
+        chosen, times = self.check()
+        few = times if len(times) <= 4 else (*times[:2], *times[-2:])
+        self._batch(chosen, self.labels(None, 2), None, torch.arange(2), few, 0, lambda k, x: None)
+
     def guided(self, chosen: Sample, count: int, known: Known | None = None) -> Denoiser | TokenDenoiser | Guided:
         """The denoiser with the chosen guides for a batch of `count`, of which weak opinions are told what is known.
 

@@ -104,6 +104,9 @@ def override(recipe: Recipe, words: Sequence[str], prog: str) -> Recipe:
     if words == ["--help"]:
         print("Configurations that are chosen by name, and what they are now:")
         print("".join(f"  --{path} {value}  (known: {known})\n" for path, value, known in _chosen(recipe)))
+    for i in range(len(words) - 1, 0, -1):
+        if re.match(r"-[a-z]", words[i]) and words[i - 1].startswith("--"):  # the space "-velocity" is no option
+            words[i - 1 : i + 1] = [f"{words[i - 1]}={words[i]}"]
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -144,6 +147,8 @@ def _choose(recipe: Any, words: list[str]) -> Any:
         if rest:
             return replace(node, **{field: put(value, rest, name)})
         kind = field if value is None else registered_as(value)[0]
+        if name == "None" and _optional(node, field):
+            return replace(node, **{field: None})
         if kind == "model" and name in names("size"):
             return replace(node, **{field: lookup("size", name)})
         try:
@@ -162,7 +167,7 @@ def _choose(recipe: Any, words: list[str]) -> Any:
         if (
             is_dataclass(node)
             and hasattr(node, field)
-            and (is_dataclass(getattr(node, field)) or (getattr(node, field) is None and names(field)))
+            and (is_dataclass(getattr(node, field)) or _optional(node, field))
         ):
             value = words[i].partition("=")[2]
             recipe = put(recipe, path, value or (words[i + 1] if i + 1 < len(words) else ""))
@@ -170,6 +175,16 @@ def _choose(recipe: Any, words: list[str]) -> Any:
     for i, count in sorted(taken, reverse=True):
         del words[i : i + count]
     return recipe
+
+
+def _optional(node: Any, field: str) -> bool:
+    """Whether a field may hold a configuration of its name, or None."""
+    from dataclasses import fields
+
+    from ..config import lookup, names
+
+    configurations = any(isinstance(lookup(field, name), type) for name in names(field))  # spaces are functions
+    return configurations and any(f.name == field and f.default is None for f in fields(node))
 
 
 def _chosen(node: Any, path: str = "") -> Iterator[tuple[str, str, str]]:

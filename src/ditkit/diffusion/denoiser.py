@@ -14,7 +14,7 @@ from ..conditioning import Conditioning
 from ..config import DitkitError, lookup, register, register_name
 from ..rng import Draw
 from .path import DDPM, Linear, Path, Time, as_time, log_snr
-from .space import check_space, infinite_ends, input_std, reading, row, singular_ends
+from .space import Singular, check_space, input_std, reading, regular_row, row
 
 __all__ = ["Denoise", "Denoiser", "Meaning", "Prediction", "Startable"]
 
@@ -40,7 +40,8 @@ def _index(path: Path, t: Tensor) -> Tensor:
 def _log_sigma(path: Path, t: Tensor) -> Tensor:
     value = -log_snr(path, t) / 8
     if not bool(value.isfinite().all()):
-        raise DitkitError(f"the clock 'log_sigma/4' is infinite at t = {t.tolist()}: keep grid and times off that end")
+        where = ", ".join(map(str, sorted(set(t[~value.isfinite()].tolist()))))
+        raise DitkitError(f"the clock 'log_sigma/4' is infinite at t = {where}: keep grid and times off that end")
     return value
 
 
@@ -84,8 +85,8 @@ class Prediction:
         return reading(self.space, space, self.path, self.t, self.t_eps)[1]
 
     def target(self, x0: Tensor, eps: Tensor) -> Float[Tensor, "b c *space"]:
-        """What the output should have been."""
-        a, b = row(self.space, self.path, self.t)
+        """What the output should have been; with `t_eps` it is bounded where its space is infinite, as its readings."""
+        a, b = regular_row(self.space, self.path, self.t, self.t_eps)
         return over(a, x0) * x0 + over(b, x0) * eps
 
     def parts(self, x: Tensor) -> list[Prediction]:
@@ -155,6 +156,14 @@ class Meaning:
         lookup("clock", self.clock)
         if not 0 <= self.t_eps < 0.5:
             raise DitkitError(f"denoiser.t_eps is a small time in [0, 0.5), not {self.t_eps}")
+        if (
+            isinstance(self.path, DDPM)
+            and abs(self.t_eps * self.path.steps - round(self.t_eps * self.path.steps)) > 1e-3
+        ):
+            raise DitkitError(
+                f"denoiser.t_eps {self.t_eps:g} is no entry of a path of {self.path.steps} steps: use a multiple of "
+                f"{1 / self.path.steps:g}"
+            )
 
     vocab: ClassVar[int] = 0
 
@@ -210,19 +219,33 @@ class Denoiser:
         return lambda x, t: self(x, t, ready)
 
     def check(self, visited: Iterable[float], needs: Iterable[str], visitor: str = "this grid") -> None:
-        """Raises DitkitError if reading the output in a needed space at a visited time is singular.
+        """Raises DitkitError if the output cannot be read in a needed space at a visited time, or the clock not told.
 
         visitor: who goes there, for the message ("the grid 'uniform'").
         """
-        needs = tuple(needs)
-        for space in needs:
-            check_space(space)
-        if self.t_eps > 0 or all(space == self.prediction for space in needs):
-            return
+        visited = set(visited)
+        self.check_readings(visited, needs, visitor)
+        self.check_clock(visited)
+
+    def check_readings(self, visited: Iterable[float], needs: Iterable[str], visitor: str) -> None:
+        """The part of `check` that is about spaces; only the ends of time are looked at."""
         visited = set(visited)
         for space in needs:
-            for end in sorted({*singular_ends(self.prediction, self.path), *infinite_ends(space, self.path)} & visited):
-                raise DitkitError(
-                    f"{self.prediction} prediction cannot be read as {space} at t = {end:g}, which {visitor} visits: "
-                    "set denoiser.t_eps above 0, or choose another solver, grid or time sampler"
-                )
+            check_space(space)
+            for known in (space, self.prediction):
+                row(known, self.path, 1.0)  # no table has rates
+            for end in sorted({0.0, 1.0} & visited):
+                try:
+                    reading(self.prediction, space, self.path, end, self.t_eps)
+                except Singular:
+                    raise DitkitError(
+                        f"{self.prediction} prediction cannot be read as {space} at t = {end:g}, which {visitor} "
+                        "visits: set denoiser.t_eps above 0, or choose another solver, grid or time sampler"
+                    ) from None
+
+    def check_clock(self, visited: Iterable[float]) -> None:
+        """Raises DitkitError for times that the path does not have, or at which the network's time is infinite."""
+        t = as_time(torch.tensor(sorted(visited), dtype=torch.float64, device="cpu"))
+        if len(t):
+            self.path(t)
+            self.clock(self.path, t)

@@ -159,7 +159,7 @@ class Exponential:
 
 def _shifted(t: float, shift: float) -> float:
     """Esser et al. 2024 equation 23: the time at `shift`^2 times as many pixels that looks as noisy as t."""
-    return shift * t / (1 + (shift - 1) * t)
+    return min(shift * t / (1 + (shift - 1) * t), 1.0)  # rounding may lead beyond 1
 
 
 @register("grid", "sd3")

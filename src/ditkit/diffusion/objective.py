@@ -18,7 +18,7 @@ from ..rng import Draw, Law, Rng
 from .denoiser import Denoiser, Prediction, over
 from .path import DDPM, Path, log_snr
 from .posterior import gaussian_kl, learned_log_variance, posterior, quantised_nll
-from .space import check_space, reading
+from .space import check_space, infinite_ends, reading, row, singular_ends
 
 __all__ = [
     "P2",
@@ -41,18 +41,28 @@ __all__ = [
 
 @runtime_checkable
 class TimeSampler(Protocol):
-    """A law for t; `ends` are the ends of time that it comes so near that a singular gain has infinite variance."""
+    """A law for t; `ends` are the ends of time that it comes so near that a singular gain has infinite variance.
+
+    `atoms` are those that are drawn themselves.
+    """
 
     @property
     def ends(self) -> tuple[float, ...]: ...
+
+    @property
+    def atoms(self) -> tuple[float, ...]: ...
 
     def on(self, path: Path) -> Law:
         """The law of t on a path, which is the same on all paths unless it is a law of the noise level."""
         ...
 
 
+_BELOW_ONE = 1 - 2**-24
+"""The last float32 before 1."""
+
+
 class _OfTime:
-    """A time sampler that is a law of t itself."""
+    """A time sampler that is a law of t itself; without atoms, unless it says so."""
 
     @property
     def base(self) -> str:
@@ -61,6 +71,10 @@ class _OfTime:
     @property
     def ends(self) -> tuple[float, ...]:
         return (0.0, 1.0)
+
+    @property
+    def atoms(self) -> tuple[float, ...]:
+        return ()
 
     def on(self, path: Path) -> Any:
         return self
@@ -106,7 +120,7 @@ class LogitNormal(_OfTime):
         return ()  # the density falls faster than any power of t: gains keep a finite variance
 
     def __call__(self, draws: Tensor) -> Tensor:
-        return torch.sigmoid(self.mean + self.std * draws).float().double()  # see Law
+        return torch.sigmoid(self.mean + self.std * draws).clamp(max=_BELOW_ONE).float().double()  # see Law
 
 
 @register("times", "mode")
@@ -125,7 +139,7 @@ class Mode(_OfTime):
 
     def __call__(self, draws: Tensor) -> Tensor:
         t = 1 - draws - self.scale * (torch.cos(math.pi / 2 * draws).square() - 1 + draws)
-        return t.clamp(0, 1).float().double()
+        return t.clamp(2**-32, _BELOW_ONE).float().double()
 
 
 @register("times", "cosmap")
@@ -134,7 +148,7 @@ class Cosmap(_OfTime):
     """t = 1 - 1 / (tan(pi u / 2) + 1), u uniform (Esser et al. 2024 equation 21): the log-SNR of a cosine schedule."""
 
     def __call__(self, draws: Tensor) -> Tensor:
-        return (1 - 1 / (torch.tan(math.pi / 2 * draws) + 1)).float().double()
+        return (1 - 1 / (torch.tan(math.pi / 2 * draws) + 1)).clamp(max=_BELOW_ONE).float().double()
 
 
 @register("times", "discrete")
@@ -146,6 +160,10 @@ class Discrete(_OfTime):
 
     @property
     def ends(self) -> tuple[float, ...]:
+        return (1.0,)
+
+    @property
+    def atoms(self) -> tuple[float, ...]:
         return (1.0,)
 
     def __call__(self, draws: Tensor) -> Tensor:
@@ -167,6 +185,10 @@ class LogNormal:
     @property
     def ends(self) -> tuple[float, ...]:
         return ()
+
+    @property
+    def atoms(self) -> tuple[float, ...]:
+        return ()  # the end of a path that has one: no noise level is infinite there
 
     def on(self, path: Path) -> Law:
         return _NoiseLevel(self, path)
@@ -190,6 +212,10 @@ class Weighting(Protocol):
 
     space: ClassVar[str]
 
+    def infinite(self, path: Path, /) -> tuple[float, ...]:
+        """The ends of time at which it is infinite."""
+        ...
+
     def __call__(self, path: Path, t: Tensor) -> Float[Tensor, "b"]: ...
 
 
@@ -201,6 +227,13 @@ class MinSNR:
     gamma: float = 5.0
 
     space: ClassVar[str] = "x0"
+
+    def __post_init__(self) -> None:
+        if not self.gamma > 0:
+            raise DitkitError(f"weighting.gamma must be above 0, not {self.gamma}")
+
+    def infinite(self, path: Path) -> tuple[float, ...]:
+        return ()
 
     def __call__(self, path: Path, t: Tensor) -> Tensor:
         alpha, sigma = path(t)
@@ -217,6 +250,15 @@ class P2:
 
     space: ClassVar[str] = "eps"
 
+    def __post_init__(self) -> None:
+        if not (self.gamma >= 0 and self.k > 0):
+            raise DitkitError(
+                f"weighting.gamma must not be negative and weighting.k above 0, not {self.gamma}, {self.k}"
+            )
+
+    def infinite(self, path: Path) -> tuple[float, ...]:
+        return ()
+
     def __call__(self, path: Path, t: Tensor) -> Tensor:
         alpha, sigma = path(t)
         return (self.k + (alpha / sigma).square()) ** -self.gamma
@@ -232,6 +274,10 @@ class Likelihood:
 
     space: ClassVar[str] = "eps"
 
+    def infinite(self, path: Path) -> tuple[float, ...]:
+        row("velocity", path, 1.0)  # no table has rates
+        return (0.0, *(end for end in singular_ends("eps", path) if end))
+
     def __call__(self, path: Path, t: Tensor) -> Tensor:
         return reading("eps", "velocity", path, t)[1].abs() / path(t)[1]
 
@@ -241,8 +287,9 @@ class Likelihood:
 class LogVariance:
     """A learned uncertainty u of the noise level: error / e^u + u (Kendall & Gal 2017; EDM2, Karras et al. 2024).
 
-    u is linear in random Fourier features of log(sigma / alpha) / 4 and starts at 0. It evens out the loss over the
-    noise levels; it is trained beside the network and never exported.
+    u is linear in random Fourier features of log(sigma / alpha) / 4 and starts at 0; levels beyond a log-SNR of 40 on
+    either side count as there. It evens out the loss over the noise levels; it is trained beside the network and never
+    exported.
     """
 
     features: int = 128
@@ -318,14 +365,31 @@ class Regression:
             raise DitkitError(
                 f"the weighting {name} is defined on the error of {space}: set objective.loss_space to {space}"
             )
-        denoiser.check(self.times.ends, (self.loss_space,), f"the time sampler {registered_as(self.times)[1]!r}")
+        sampler = f"the time sampler {registered_as(self.times)[1]!r}"
+        denoiser.check((), (self.loss_space,))  # that it has such a space at all
+        denoiser.check_readings(self.times.ends, (self.loss_space,), sampler)
+        infinite = () if denoiser.t_eps else infinite_ends(self.loss_space, denoiser.path)
+        for end in sorted({*infinite} & {*self.times.ends}):
+            raise DitkitError(
+                f"a loss in {self.loss_space} is infinite at t = {end:g}, which {sampler} visits: set denoiser.t_eps "
+                "above 0, or choose another loss space or time sampler"
+            )
+        if isinstance(self.weighting, Weighting):
+            for end in sorted({*self.weighting.infinite(denoiser.path)} & {*self.times.ends}):
+                raise DitkitError(
+                    f"the weighting {registered_as(self.weighting)[1]} is infinite at t = {end:g}, which {sampler} "
+                    "visits: choose one that stays inside, such as uniform with a times.low and times.high"
+                )
         if isinstance(denoiser.path, DDPM) and self.times != Discrete(denoiser.path.steps):
             raise DitkitError(
                 f"a DDPM path of {denoiser.path.steps} steps needs the time sampler discrete with as many steps, "
                 f"not {self.times}"
             )
-        if self.variance and not isinstance(denoiser.path, DDPM):
-            raise DitkitError("objective.variance = 'hybrid' needs a DDPM path")
+        if self.variance:
+            if not isinstance(denoiser.path, DDPM):
+                raise DitkitError("objective.variance = 'hybrid' needs a DDPM path")
+            denoiser.check_readings(self.times.ends, ("x0",), sampler)
+        denoiser.check_clock(self.times.atoms)
 
     def learn(self, denoiser: Denoiser, rng: Rng) -> Objective:
         if not isinstance(self.weighting, LogVariance):
@@ -358,7 +422,7 @@ class Regression:
             terms["vb"] = self._bound(prediction, x0, denoiser.path)
         if self.direction:
             cosine = F.cosine_similarity(prediction.out.float(), target.float(), dim=1)
-            terms["direction"] = self.direction * (1 - cosine).flatten(1).mean(1)
+            terms["direction"] = self.direction * (1 - cosine).reshape(len(cosine), -1).mean(1)
         return Loss(terms, t)
 
     def _bound(self, prediction: Prediction, x0: Tensor, path: Path) -> Float[Tensor, "b"]:
@@ -405,7 +469,7 @@ class _Uncertain(nn.Module):
 
     def log_variance(self, path: Path, t: Tensor) -> Float[Tensor, "b"]:
         """u at time t."""
-        level = (-log_snr(path, t) / 8).to(self.weight.device, self.weight.dtype)
+        level = (-log_snr(path, t).clamp(-40, 40) / 8).to(self.weight.device, self.weight.dtype)
         waves = torch.cos(2 * math.pi * (level[:, None] * self.frequencies + self.phases))
         return math.sqrt(2) * waves @ self.weight / len(self.weight) ** 0.5
 

@@ -88,15 +88,15 @@ class GVP:
     """alpha = cos(pi t / 2), sigma = sin(pi t / 2): the generalised variance-preserving path of SiT (section 2.3)."""
 
     def __call__(self, t: Time) -> tuple[Tensor, Tensor]:
-        angle = as_time(t) * (math.pi / 2)
-        return angle.cos(), angle.sin()
+        t = as_time(t)
+        return torch.sin((1 - t) * (math.pi / 2)), torch.sin(t * (math.pi / 2))  # the cosine at t = 1 would be 6e-17
 
     def rate(self, t: Time) -> tuple[Tensor, Tensor]:
         alpha, sigma = self(t)
         return -math.pi / 2 * sigma, math.pi / 2 * alpha
 
     def time(self, log_snr: Time) -> Tensor:
-        return torch.atan(_noise_to_signal(log_snr)) * (2 / math.pi)
+        return (torch.atan(_noise_to_signal(log_snr)) * (2 / math.pi)).clamp(max=1)
 
     @property
     def prior_std(self) -> float:
@@ -140,7 +140,7 @@ class VP:
         # the positive root of the quadratic in t, in the form that does not cancel near t = 0
         half = self.beta_min / 2
         root = (half**2 - (self.beta_max - self.beta_min) * log_alpha).sqrt()
-        return torch.where(beyond, 1.0, -2 * log_alpha / (half + root))
+        return torch.where(beyond, 1.0, -2 * log_alpha / (half + root)).clamp(max=1)
 
     @property
     def prior_std(self) -> float:
@@ -234,9 +234,11 @@ class DDPM:
         """The authors' index of a time, -1 for the data. Raises DitkitError between the entries of the table."""
         position = as_time(t) * self.steps
         index = position.round()
-        if bool(((position - index).abs() > 1e-3).any()):  # wide enough for a float32 time
+        between = (position - index).abs() > 1e-3  # wide enough for a float32 time
+        if bool(between.any()):
+            where = float(position[between][0]) / self.steps
             raise DitkitError(
-                f"the DDPM path is a table of {self.steps} steps and has no entry at t = {as_time(t).tolist()}: "
+                f"the DDPM path is a table of {self.steps} steps and has no entry at t = {where:g}: "
                 "use the grid 'ddpm' and the time sampler 'discrete', or another path"
             )
         return index.long() - 1

@@ -26,6 +26,7 @@ __all__ = [
     "DATA_STD",
     "SPACES",
     "Row",
+    "Singular",
     "det",
     "infinite_ends",
     "input_std",
@@ -111,6 +112,10 @@ def infinite_ends(space: str, path: Path) -> tuple[float, ...]:
     return tuple(t for t in (0.0, 1.0) if not all(math.isfinite(c) for c in row(space, path, t)))
 
 
+class Singular(DitkitError):
+    """An output does not determine what is to be read from it."""
+
+
 def _away(t: Tensor, ends: tuple[float, ...], t_eps: float) -> Tensor:
     """Times at least `t_eps` away from the given ends."""
     return t.clamp(t_eps if 0.0 in ends else 0.0, 1 - t_eps if 1.0 in ends else 1.0)
@@ -125,19 +130,23 @@ def reading(have: str, want: str, path: Path, t: Time, t_eps: float = 0.0) -> tu
     """Coefficients (of x, of out) that read `out`, in space `have`, as `want`; the second is the gain of errors.
 
     With `t_eps`, the denominator is taken at least `t_eps` away from an end where `have` is singular: this is JiT's
-    clamp of 1 / t. A row is taken as far away from an end where it is infinite. Without it both are refused.
+    clamp of 1 / t. A row is taken as far away from an end where it is infinite. Without it both are refused. Where one
+    space is a multiple of the other (velocity and -velocity; eps and score), x is not needed and nothing is singular.
     """
     t = as_time(t)
-    if have == want:
-        return torch.zeros_like(t), torch.ones_like(t)
+    if have.removeprefix("-") == want.removeprefix("-"):
+        return torch.zeros_like(t), torch.full_like(t, 1.0 if have == want else -1.0)
     here = path(t)
     have_row, want_row = (regular_row(space, path, t, t_eps) for space in (have, want))
     away = _away(t, singular_ends(have, path), t_eps)
     below = det(path(away), row(have, path, away)) if t_eps else det(here, have_row)
-    of_x, of_out = det(want_row, have_row) / below, det(here, want_row) / below
-    bad = ~((below.abs() > 1e-12) & of_x.isfinite() & of_out.isfinite())
+    multiple = det(want_row, have_row) == 0
+    factor = (want_row[0] * have_row[0] + want_row[1] * have_row[1]) / (have_row[0].square() + have_row[1].square())
+    of_x = torch.where(multiple, 0.0, det(want_row, have_row) / below)
+    of_out = torch.where(multiple, factor, det(here, want_row) / below)
+    bad = ~((multiple | (below.abs() > 1e-12)) & of_x.isfinite() & of_out.isfinite())
     if bool(bad.any()):
-        raise DitkitError(
+        raise Singular(
             f"{have} does not determine {want} at t = {sorted(set(t[bad].tolist()))}: "
             "set denoiser.t_eps above 0, or keep the grid and the time sampler away from that end"
         )

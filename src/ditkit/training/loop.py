@@ -137,9 +137,7 @@ class Trainer:
                 f"sample.ema_std is {recipe.sample.ema_std}, but train.ema_stds are {self.settings.ema_stds}; "
                 "other lengths are made after training: ditkit sample RUN --ema-std"
             )
-        pipeline = self.pipeline()
-        pipeline.check()
-        pipeline.sample(count=2, steps=2)
+        self.pipeline().rehearse()
         batch = self.data.train.batch(torch.zeros_like(ids))
         cond = recipe.conditioner(batch.given).to(self.device)
         data = batch.data.to(self.device)

@@ -20,15 +20,20 @@ from .solver import Once
 __all__ = ["Dopri5", "LogLikelihood", "Rademacher", "log_likelihood"]
 
 
-def _odeint(function: Callable[[Tensor, Any], Any], x: Any, t: float, s: float, rtol: float, atol: float) -> Any:
-    """x at s, from x at t, by torchdiffeq's dopri5. A step ends at s, beyond which time may not go."""
+def _odeint(function: Callable[[float, Any], Any], x: Any, t: float, s: float, rtol: float, atol: float) -> Any:
+    """x at s, from x at t, by torchdiffeq's dopri5. A step ends at s, beyond which time may not go; the trial by which
+    torchdiffeq finds its first step would, and is held there."""
     try:
         from torchdiffeq import odeint
     except ModuleNotFoundError:
         raise DitkitError("dopri5 needs torchdiffeq: pip install 'ditkit[ode]'") from None
     device = (x if isinstance(x, Tensor) else x[0]).device
     times = torch.tensor([t, s], dtype=torch.float64, device=device)
-    out = odeint(function, x, times, rtol=rtol, atol=atol, method="dopri5", options={"step_t": times[1:]})
+
+    def within(time: Tensor, x: Any) -> Any:
+        return function(min(max(float(time), min(t, s)), max(t, s)), x)
+
+    out = odeint(within, x, times, rtol=rtol, atol=atol, method="dopri5", options={"step_t": times[1:]})
     return out[-1] if isinstance(out, Tensor) else tuple(o[-1] for o in out)
 
 
@@ -57,8 +62,8 @@ class Dopri5(Once):
         return (t, s)
 
     def step(self, denoise: Denoise, x: Tensor, t: float, s: float, state: None, rng: Draw) -> tuple[Tensor, None]:
-        def velocity(time: Tensor, x: Tensor) -> Tensor:
-            return denoise(x, float(time)).velocity
+        def velocity(time: float, x: Tensor) -> Tensor:
+            return denoise(x, time).velocity
 
         return _odeint(velocity, x, t, s, self.rtol, self.atol), None
 
@@ -122,12 +127,12 @@ def log_likelihood(
     vectors = [rng(f"probe{i}", PROBES[law], x0.shape[1:]).to(x0) for i in range(probes)]
     count = 0
 
-    def flow(time: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def flow(time: float, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         nonlocal count
         count += 1
         with torch.enable_grad():
             x = state[0].detach().requires_grad_()
-            velocity = denoise(x, float(time)).velocity
+            velocity = denoise(x, time).velocity
             divergence = torch.zeros_like(state[1])
             for i, v in enumerate(vectors):
                 (product,) = torch.autograd.grad(velocity, x, v, retain_graph=i + 1 < probes)

@@ -193,6 +193,6 @@ def _moment_in_time(path: Path, t: float, s: float, k: int) -> float:
     """The integral of ((u - t) / (s - t))^k d(sigma / alpha)(u) from u = t to s, by Gauss-Legendre quadrature."""
     share = (1 + _NODES) / 2
     u = t + (s - t) * share
-    (alpha, sigma), (alpha_rate, sigma_rate) = path(u), path.rate(u)
+    (alpha_rate, sigma_rate), (alpha, sigma) = path.rate(u), path(u)  # the rates first: a table has none to say so
     rate = (sigma_rate * alpha - sigma * alpha_rate) / alpha**2
     return float((_WEIGHTS / 2 * share**k * rate).sum()) * (s - t)

@@ -136,6 +136,9 @@ class Ancestral(Once):
         if self.variance != "learned":
             return float(q.variance if self.variance == "posterior" else q.beta) ** 0.5
         if prediction.extra is None:
-            raise DitkitError("the network predicts no variance: set solver.variance to 'posterior' or 'beta'")
+            raise DitkitError(
+                "nothing predicts a variance (the network has none, or a guide holds x still): set solver.variance to "
+                "'posterior' or 'beta'"
+            )
         low, high = float(q.variance.log()), float(q.beta.log())
         return torch.exp(0.5 * learned_log_variance(prediction.extra, low, high))
