@@ -17,6 +17,8 @@ from ditkit.training import train
 
 FALLS = {  # how many times smaller the loss is after 200 steps, at least
     "mmdit_tiny": 1.0,
+    "flux1_tiny": 1.0,
+    "flux2_tiny": 1.0,
     "z_image_tiny": 3.5,
     "lumina2_tiny": 1.0,
     "kandinsky5_tiny": 1.0,

@@ -38,9 +38,9 @@ _TRAIN = Train(
 )
 
 
-def _flow(name: str, meaning: Meaning) -> Recipe:
+def _flow(name: str, meaning: Meaning, **overrides: Any) -> Recipe:
     """Digits of 16 x 16 by flow matching; their classes as texts where the network is given text."""
-    model: Any = model_config(name)
+    model: Any = model_config(name, **overrides)
     texts = RandomText(width=model.text_dim, pooled=getattr(model, "pooled_dim", 0)) if _reads(model) else Label()
     return Recipe(
         data=Digits(resolution=16),
@@ -71,6 +71,16 @@ def _reads(model: Any) -> bool:
 def mmdit_tiny() -> Recipe:
     """Stable Diffusion 3.5: two streams, some blocks with a second attention; and a pooled text."""
     return _flow("mmdit_tiny", Meaning(prediction="velocity", clock="1000t"))
+
+
+def flux1_tiny() -> Recipe:
+    """FLUX.1 without the guidance scale, which is for a network that was distilled."""
+    return _flow("flux1_tiny", Meaning(prediction="velocity", clock="t"), guidance=False)
+
+
+def flux2_tiny() -> Recipe:
+    """FLUX.2 without the guidance scale."""
+    return _flow("flux2_tiny", Meaning(prediction="velocity", clock="t"), guidance=False)
 
 
 def z_image_tiny() -> Recipe:
@@ -127,6 +137,8 @@ FAMILIES: dict[str, Callable[[], Recipe]] = {
     recipe.__name__: recipe
     for recipe in (
         mmdit_tiny,
+        flux1_tiny,
+        flux2_tiny,
         z_image_tiny,
         lumina2_tiny,
         kandinsky5_tiny,
