@@ -308,9 +308,10 @@ def _transformer(form: Format, recipe: Recipe, weights: dict[str, Tensor], out: 
 def _diffusers(recipe: Recipe, weights: dict[str, Tensor], out: Path, approximate: bool) -> list[str]:
     config, meaning, codec = recipe.model, recipe.denoiser, recipe.codec
     if not isinstance(config, DIFFUSERS.model):
-        for form in FORMATS:
-            if form.diffusers and isinstance(config, form.model):
-                return _transformer(form, recipe, weights, out)
+        forms = [form for form in FORMATS if form.diffusers and isinstance(config, form.model)]
+        if forms:  # a family may have several networks there; the first that can say it, or whose refusal says why not
+            chosen = next((form for form in forms if form.refusal(config, meaning) is None), forms[0])
+            return _transformer(chosen, recipe, weights, out)
         raise DitkitError(
             f"diffusers has no pipeline for a {type(config).__name__.removesuffix('Config')}: use --format official"
         )

@@ -23,7 +23,7 @@ from torch.testing import assert_close
 from ditkit.conditioning import Conditioning, Tokens
 from ditkit.config import DitkitError
 from ditkit.diffusion import Linear, Meaning
-from ditkit.exchange import import_file
+from ditkit.exchange import export_run, import_file
 from ditkit.interop import DIFFUSERS_FLUX, DIFFUSERS_FLUX2, FLUX, FLUX2, FORMATS, Format, read, save
 from ditkit.models import Flux, FluxConfig, Model
 
@@ -249,14 +249,26 @@ def test_an_official_file_comes_in_and_goes_out_unchanged(kind: str, around: str
     assert all(torch.equal(again[key], file[key]) for key in file)
 
 
-def test_an_official_file_becomes_a_run(tmp_path: Path) -> None:
-    model, file = official("flux2")
+@pytest.mark.parametrize("kind", OURS)
+def test_an_official_file_becomes_a_run_and_is_exported_both_ways(kind: str, tmp_path: Path) -> None:
+    own, of_diffusers, config = OURS[kind]
+    model, file = official(kind)
     save_file(file, tmp_path / "in.safetensors")
-    options = {"axes": (4, 4, 4, 4), "input_size": 8}
-    run, lines = import_file(tmp_path / "in.safetensors", tmp_path / "run", options=options)
-    assert "FLUX.2" in lines[0]
+    run, lines = import_file(
+        tmp_path / "in.safetensors", tmp_path / "run", options={"axes": config.axes, "input_size": 8}
+    )
+    assert lines[0].startswith(own.title)
     recipe = run.newest().recipe  # type: ignore[union-attr]
-    assert (recipe.model, recipe.denoiser) == (model.config, MEANING)
+    assert (recipe.model, recipe.denoiser) == (config, MEANING)
+    export_run(tmp_path / "run", "official", tmp_path / "out.safetensors")
+    again = load_file(tmp_path / "out.safetensors")
+    assert again.keys() == file.keys()
+    assert all(torch.equal(again[key], file[key]) for key in file)
+    (said, *_) = export_run(tmp_path / "run", "diffusers", tmp_path / "there")
+    assert said.startswith(of_diffusers.title)
+    found = read(tmp_path / "there", FORMATS, options={"input_size": 8})
+    assert found.config == config
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in found.weights.items())
 
 
 @pytest.mark.parametrize(
