@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from ditkit.conditioning import Conditioning, Tokens
-from ditkit.models import DiTConfig, JiTConfig, Kandinsky5Config, Model, ZImageConfig
+from ditkit.models import DiTConfig, JiTConfig, Kandinsky5Config, Lumina2Config, Model, ZImageConfig
 
 from .conftest import randomised
 
@@ -52,6 +52,14 @@ CASES = {
         ZImageConfig(
             input_size=16, in_channels=2, hidden_size=32, depth=5, refiner_depth=1, num_heads=2, axes=(4, 6, 6),
             text_dim=12,
+        ),
+        "blocks",
+        lambda: Conditioning(text=text(12)),
+    ),
+    "lumina2": Case(
+        Lumina2Config(
+            input_size=8, in_channels=4, hidden_size=48, depth=5, refiner_depth=1, num_heads=4, kv_heads=2,
+            mlp_hidden=80, axes=(4, 4, 4), text_dim=12,
         ),
         "blocks",
         lambda: Conditioning(text=text(12)),

@@ -230,6 +230,13 @@ def test_segments_are_padded_one_by_one() -> None:
     assert plain.time[0].tolist() == list(range(1, 65))  # pads count on
 
 
+def test_no_references_in_a_tensor_are_no_references() -> None:
+    model, config = build("z_image")
+    x, t, cond = given(config, 2)
+    two = replace(cond, scalars={"segments": torch.tensor([[1.0, 2.0], [15.0, 5.0]])})
+    assert torch.equal(model(x, t, replace(two, references=torch.zeros(2, 0, 4, 8, 8))), model(x, t, two))
+
+
 def test_references_are_read_as_clean_data() -> None:
     """The time reaches the image alone: what is clean sees t = 1, whatever the time is."""
     model, config = build("z_image with references")

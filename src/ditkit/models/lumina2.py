@@ -140,7 +140,7 @@ class Lumina2(Model):
     def prepare(self, cond: Conditioning, shape: Sequence[int], times: Sequence[float] = ()) -> Conditioning:
         """Refined captions, rotations of all tokens, and which may be attended to.
 
-        The blocks of `context_refiner` run here; no edit sees them. Raises ValueError where the caption is missing or
+        The blocks of `context_refiner` run here; no edit sees them. Raises DitkitError where the caption is missing or
         does not fit.
         """
         config, patch = self.config, self.config.patch_size
@@ -161,7 +161,7 @@ class Lumina2(Model):
     def forward(
         self, x: Float[Tensor, "b c h w"], t: Float[Tensor, "b"], cond: Conditioning, *, edit: Edit | None = None
     ) -> Float[Tensor, "b c h w"]:
-        """t in [0, 1], 1 = data; the result is the velocity from noise to data. Raises ValueError as `prepare`."""
+        """t in [0, 1], 1 = data; the result is the velocity from noise to data. Raises DitkitError as `prepare`."""
         config = self.config
         grid = patch_grid(x, config.in_channels, config.patch_size)
         if "context" not in cond.static:

@@ -207,26 +207,26 @@ class TokenConfig:
 
 
 def given_text(cond: Conditioning, channels: int, batch: int | None = None) -> Tokens:
-    """The text's tokens. Raises ValueError if there is none, or of other channels than `text_dim`, or, where `batch` is
+    """The text's tokens. Raises DitkitError if there is none, or of other channels than `text_dim`, or, where `batch` is
     given, not one for each sample."""
     if cond.text is None:
-        raise ValueError(f"the model takes a text, tokens [b l {channels}], and none was given")
+        raise DitkitError(f"the model takes a text, tokens [b l {channels}], and none was given")
     if cond.text.values.shape[-1] != channels:
-        raise ValueError(
+        raise DitkitError(
             f"the model takes a text [b l {channels}] (text_dim={channels}), and was given "
             f"{list(cond.text.values.shape)}: change text_dim"
         )
     if batch is not None and len(cond.text.values) != batch:
-        raise ValueError(f"x has {batch} samples, and texts were given for {len(cond.text.values)}: give one for each")
+        raise DitkitError(f"x has {batch} samples, and texts were given for {len(cond.text.values)}: give one for each")
     return cond.text
 
 
 def given_pooled(cond: Conditioning, channels: int) -> Float[Tensor, "b d"]:
-    """The pooled text. Raises ValueError if there is none, or of other channels than `pooled_dim`."""
+    """The pooled text. Raises DitkitError if there is none, or of other channels than `pooled_dim`."""
     if cond.pooled is None:
-        raise ValueError(f"the model takes a pooled text [b {channels}], and none was given")
+        raise DitkitError(f"the model takes a pooled text [b {channels}], and none was given")
     if cond.pooled.shape[-1] != channels:
-        raise ValueError(
+        raise DitkitError(
             f"the model takes a pooled text [b {channels}] (pooled_dim={channels}), and was given "
             f"{list(cond.pooled.shape)}: change pooled_dim"
         )

@@ -240,7 +240,8 @@ class ZImage(Model):
         behind = (starts(lengths) + lengths)[:, : references + 1] if omni else seen.used.sum(1, keepdim=True) + 1
         rows, columns = (torch.arange(side // patch, device=lengths.device) for side in shape[-2:])
         images, given = [grids(behind[:, -1:], rows, columns, clean=False)], [caption]
-        if cond.references is not None:
+        if references:
+            assert cond.references is not None
             rows, columns = (torch.arange(side // patch, device=lengths.device) for side in cond.references.shape[-2:])
             images.append(grids(behind[:, :-1], rows, columns, clean=True))
             tokens = padded(
