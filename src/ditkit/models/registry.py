@@ -207,8 +207,8 @@ class TokenConfig:
 
 
 def given_text(cond: Conditioning, channels: int, batch: int | None = None) -> Tokens:
-    """The text's tokens. Raises DitkitError if there is none, or of other channels than `text_dim`, or, where `batch` is
-    given, not one for each sample."""
+    """The text's tokens. Raises DitkitError if there is none, or of other channels than `text_dim`, or, where `batch`
+    is given, not one for each sample."""
     if cond.text is None:
         raise DitkitError(f"the model takes a text, tokens [b l {channels}], and none was given")
     if cond.text.values.shape[-1] != channels:
