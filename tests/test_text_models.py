@@ -449,6 +449,7 @@ def test_autocast_runs_forward_and_backward(tiny: tuple[Model, Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_a_compiled_block_equals_the_plain_one(name: str) -> None:
+    torch.compiler.reset()  # or sizes of the model before become symbols, which torch 2.13 cannot sort in convolutions
     model = randomise(TINY[name].build(), std=STD.get(type(TINY[name]), 0.2))
     inputs = given(TINY[name])
     plain = model(*inputs)

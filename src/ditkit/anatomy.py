@@ -201,6 +201,8 @@ def _described(module: nn.Module) -> tuple[str, str]:
         weight = getattr(module, "weight", None)
         bias = getattr(module, "bias", None)
         return f"{kind}{'' if weight is None else ', weight' if bias is None else ', weight and bias'}", "norm"
+    if isinstance(module, layers.LinearAttention):
+        return f"{kind}: relu(q) relu(k)ᵀ v / Σ, {module.heads} heads of {module.head_dim}", "attention"
     if isinstance(module, nn.SiLU | nn.GELU | nn.ReLU):
         return kind, "activation"
     return kind, "module"
