@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from typing import Any, cast
 
@@ -14,6 +15,8 @@ from torch.testing import assert_close
 
 from ditkit.conditioning import Conditioning
 from ditkit.config import DitkitError, from_json, to_json
+from ditkit.diffusion import Linear, Meaning
+from ditkit.interop import JIT
 from ditkit.layers import Attention
 from ditkit.layers.patterns import (
     Blocks,
@@ -28,7 +31,7 @@ from ditkit.layers.patterns import (
     gather,
     runs_in_flex,
 )
-from ditkit.models import LightningDiTConfig, Model
+from ditkit.models import JiTConfig, LightningDiTConfig, Model
 
 close = pytest.approx
 WAYS: dict[str, Callable[..., Tensor]] = {
@@ -340,11 +343,12 @@ def test_eager_flex_reads_the_mask_function() -> None:
 
 @pytest.mark.slow
 def test_compiled_flex_agrees() -> None:
-    """One mask for all heads, and one for each, on whatever device there is."""
+    """One mask for all heads, and one for each, for more than one length, on whatever device there is."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    q, k, v = (x.float().to(device) for x in qkv(2, 2, 512, d=64))
-    for shape in ((1, 1), (2, 2)):
-        blocks = Blocks(some_blocks(*shape, 8, 0.4).to(device) | torch.eye(8, dtype=torch.bool, device=device), 64)
+    for shape, count in (((1, 1), 8), ((2, 2), 8), ((2, 2), 12)):
+        q, k, v = (x.float().to(device) for x in qkv(2, 2, 64 * count, d=64))
+        kept = some_blocks(*shape, count, 0.4) | torch.eye(count, dtype=torch.bool)
+        blocks = Blocks(kept.to(device), 64)
         assert runs_in_flex(q, blocks)
         with torch.no_grad():
             assert_close(flex(q, k, v, blocks), dense(q, k, v, blocks), rtol=1e-5, atol=1e-5)
@@ -368,33 +372,45 @@ def test_attention_takes_a_pattern_where_it_takes_a_mask(kv_heads: int) -> None:
         assert_close(attn(x, mask=blocks), attn(x, mask=blocks.dense(48)), rtol=1e-5, atol=1e-6)
 
 
-def tiny(pattern: Any) -> tuple[Model, Tensor, Tensor, Conditioning]:
-    config = LightningDiTConfig(
-        input_size=(16, 24), in_channels=4, hidden_size=24, depth=2, num_heads=3, num_classes=5, pattern=pattern
-    )
+SMALL: dict[str, Any] = {
+    "lightningdit": LightningDiTConfig(
+        input_size=(16, 24), in_channels=4, hidden_size=24, depth=3, num_heads=3, num_classes=5
+    ),
+    "jit": JiTConfig(
+        input_size=(32, 48), patch_size=2, in_channels=3, hidden_size=24, depth=3, num_heads=3, num_classes=5,
+        bottleneck_dim=8, in_context_len=3, in_context_start=1,
+    ),
+}  # fmt: skip
+
+
+def tiny(name: str, pattern: Any) -> tuple[Model, Tensor, Tensor, Conditioning]:
+    config = replace(SMALL[name], pattern=pattern)
     generator = torch.Generator().manual_seed(0)
     model = config.build()
-    for name, p in model.named_parameters():
-        if p.requires_grad and "norm" not in name:
+    for key, p in model.named_parameters():
+        if p.requires_grad and "norm" not in key:
             p.data = 0.2 * torch.randn(p.shape, generator=generator)
-    x = torch.randn(2, 4, 16, 24, generator=generator)
+    x = torch.randn(2, *config.shape, generator=generator)
     return model.eval(), x, torch.tensor([0.3, 0.7]), Conditioning(label=torch.tensor([1, 5]))
 
 
-def test_a_model_whose_pattern_keeps_everything_is_dense() -> None:
+@pytest.mark.parametrize("name", SMALL)
+def test_a_model_whose_pattern_keeps_everything_is_dense(name: str) -> None:
     """The order of tokens is nobody else's business: outputs, and what is prepared, are those of the plain model."""
-    plain, x, t, cond = tiny(None)
+    plain, x, t, cond = tiny(name, None)
     for pattern in (Nabla(1.0), SlidingTiles((1, 99, 99))):
-        model, *_ = tiny(pattern)
+        model, *_ = tiny(name, pattern)
         assert_close(model(x, t, cond), plain(x, t, cond), rtol=1e-5, atol=1e-5)
         ready = model.prepare(cond, x.shape)
         assert torch.equal(model(x, t, ready), model(x, t, cond))
+        with torch.no_grad():
+            assert_close(model(x, t, cond), plain(x, t, cond), rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_with_one_tile_around_each_is_a_model_of_each_tile() -> None:
     """With absolute positions and rotations taken away, tiles that see only themselves are images of their own."""
-    model, x, t, cond = tiny(SlidingTiles((1, 1, 1)))
-    plain, *_ = tiny(None)
+    model, x, t, cond = tiny("lightningdit", SlidingTiles((1, 1, 1)))
+    plain, *_ = tiny("lightningdit", None)
     with torch.no_grad():
         model.get_parameter("pos_embed").zero_()
     ready = model.prepare(cond, x.shape)
@@ -409,14 +425,39 @@ def test_a_model_with_one_tile_around_each_is_a_model_of_each_tile() -> None:
         assert_close(there, plain(part, t, alone), rtol=1e-5, atol=1e-5)
 
 
-def test_every_parameter_gets_its_gradient_under_a_pattern() -> None:
-    model, *given = tiny(Nabla(0.3, (1, 1, 1)))
+def test_class_tokens_see_all_patches_and_carry_them_to_others() -> None:
+    """Tiles that see only themselves learn of each other once the class tokens have joined, two blocks later."""
+    model, x, t, cond = tiny("jit", SlidingTiles((1, 1, 1)))
+    x.requires_grad_()
+
+    def reach(edit: Any) -> Tensor:
+        (gradient,) = torch.autograd.grad(model(x, t, cond, edit=edit)[0, 0, 0, 0], x)
+        return gradient[0].abs().sum(0) > 0
+
+    assert bool(reach(None).all())
+    own = reach(lambda site, block, h, *args: h if site == "blocks.1" else block(h, *args))
+    expected = torch.zeros_like(own)
+    expected[:16, :16] = True
+    assert torch.equal(own, expected)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_parameter_gets_its_gradient_under_a_pattern(name: str) -> None:
+    model, *given = tiny(name, Nabla(0.3, (1, 1, 1)))
     model(*given).square().mean().backward()
-    for name, p in model.named_parameters():
+    for key, p in model.named_parameters():
         if p.requires_grad:
-            assert p.grad is not None, name
-            assert bool(p.grad.any()), name
+            assert p.grad is not None, key
+            assert bool(p.grad.any()), key
     assert model.config == from_json(to_json(model.config))
+
+
+def test_the_release_of_jit_knows_no_pattern() -> None:
+    meaning = Meaning(Linear(), "x0", "1-t", 0.05)
+    assert JIT.refusal(SMALL["jit"], meaning) is None
+    refusal = JIT.refusal(replace(SMALL["jit"], pattern=SlidingTiles()), meaning)
+    assert refusal is not None
+    assert "the pattern SlidingTiles(window=(11, 3, 3)" in refusal
 
 
 # errors and files
@@ -435,6 +476,7 @@ def test_patterns_are_saved_by_their_names() -> None:
         (lambda: Nabla(1.5), "pattern.mass is a share of attention from 0 to 1, not 1.5"),
         (lambda: Nabla(window=(0, 1, 1)), r"pattern.window is three numbers of at least 1, not \(0, 1, 1\)"),
         (lambda: SlidingTiles(tile=(1, 8, -8)), r"pattern.tile is three numbers of at least 1"),
+        (lambda: JiTConfig(pattern="nabla"), r"None or a pattern of attention \(nabla, sliding_tiles\), not 'nabla'"),
         (lambda: SlidingTiles(window=cast(Any, (1, 3))), r"pattern.window is three numbers"),
     ],
 )

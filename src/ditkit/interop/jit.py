@@ -78,6 +78,8 @@ def _meaning(source: Source, config: JiTConfig) -> Meaning:
 
 
 def _refusal(config: JiTConfig, meaning: Meaning) -> str | None:
+    if config.pattern is not None:
+        return f"the release attends to all patches, and this model was trained with the pattern {config.pattern}"
     wanted = Meaning(meaning.path, "x0", "1-t", meaning.t_eps)
     if meaning != wanted or not isinstance(meaning.path, Linear):
         return (

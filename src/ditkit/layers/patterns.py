@@ -302,10 +302,11 @@ def gather(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
 
 
 @functools.cache
-def _compiled() -> Callable[..., Any]:
+def _compiled(device: str) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    # for a CPU its kernel of unknown lengths is no valid C++ (torch 2.13): one for each length
+    return torch.compile(flex_attention, dynamic=False if device == "cpu" else None)
 
 
 def runs_in_flex(q: Tensor, blocks: Blocks) -> bool:
@@ -330,7 +331,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, compiled: bool = True)
     # compile for a CPU (torch 2.13)
     nothing, nowhere = torch.zeros_like(counts), torch.zeros_like(places)
     mask = BlockMask.from_kv_blocks(nothing, nowhere, counts, places, BLOCK_SIZE=size, mask_mod=mask_mod)
-    run = _compiled() if compiled and not torch.compiler.is_compiling() else flex_attention
+    run = _compiled(q.device.type) if compiled and not torch.compiler.is_compiling() else flex_attention
     out = run(q, k, v, block_mask=mask)
     assert isinstance(out, Tensor)
     return out

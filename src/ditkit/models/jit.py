@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -27,6 +28,7 @@ from ..layers import (
     RMSNorm,
     SwiGLU,
     TimestepEmbedder,
+    arrange,
     check_heads_2d,
     grid_angles,
     init_adaln_zero,
@@ -38,7 +40,7 @@ from ..layers import (
     visit,
 )
 from ..rng import Rng
-from .registry import ImageConfig, Model, Plan, at_least_one, instantiate, register_models
+from .registry import ImageConfig, Model, Plan, at_least_one, check_pattern, instantiate, register_models
 
 __all__ = ["JiT", "JiTConfig"]
 
@@ -67,9 +69,13 @@ class JiTConfig(ImageConfig):
     in_context_len: int = 32
     in_context_start: int = 4
     """The block before which the in-context class tokens join."""
+    pattern: Any = None
+    """Which tiles of the image attend to which (sliding_tiles, nabla), class tokens to all; None = all, as in the
+    release."""
 
     def __post_init__(self) -> None:
         at_least_one(self, "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "bottleneck_dim")
+        check_pattern(self)
 
     def build(self, seed: int = 0) -> JiT:
         """The network with initial weights."""
@@ -123,8 +129,10 @@ class JiT(Model):
             nn.init.normal_(self.in_context_posemb, std=0.02, generator=rng.generator("in_context_posemb"))
 
     def rope(self, grid: tuple[int, int]) -> Float[Tensor, "1 2 m hd"]:
-        """Rotations: first the in-context tokens, which stay unrotated, then the patches, row angles before column."""
+        """Rotations: first the in-context tokens, which stay unrotated, then the patches, row angles before column, in
+        the order of the pattern."""
         angles = grid_angles(grid, self.config.hidden_size // self.config.num_heads, self.pos_embed.device)
+        angles = arrange(self.config.pattern, grid, self.pos_embed.device).sort(angles, dim=0)
         return rope_table(torch.cat((angles.new_zeros(self.config.in_context_len, angles.shape[1]), angles)))[None]
 
     def prepare(self, cond: Conditioning, shape: Sequence[int], times: Sequence[float] = ()) -> Conditioning:
@@ -147,14 +155,16 @@ class JiT(Model):
             cond = self.prepare(cond, x.shape)
         label, rope = cond.static["label"], cond.static["rope"][0]
         c = self.t_embedder(t) + label
-        h = self.x_embedder(x) + cond.static["positions"]
+        arranged = arrange(config.pattern, grid, x.device)
+        h, mask = arranged.sort(self.x_embedder(x) + cond.static["positions"]), arranged.mask
         extra = 0
         for i, blk in enumerate(self.blocks):
             if i == config.in_context_start and config.in_context_len:
                 extra = config.in_context_len
                 h = torch.cat((label[:, None] + self.in_context_posemb, h), dim=1)
-            h = visit(edit, f"blocks.{i}", blk, h, c, rope[:, config.in_context_len - extra :])
-        return unpatchify(self.final_layer(h[:, extra:], c), grid, config.patch_size)
+                mask = arrange(config.pattern, grid, x.device, before=extra).mask
+            h = visit(edit, f"blocks.{i}", blk, h, c, rope[:, config.in_context_len - extra :], mask)
+        return unpatchify(self.final_layer(arranged.unsort(h[:, extra:]), c), grid, config.patch_size)
 
 
 # JiT table 9: the letter is depth and width, the number the patch size, for images of 16 x 16 patches.

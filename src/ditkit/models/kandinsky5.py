@@ -39,7 +39,6 @@ from ..layers import (
     GatedCrossBlock,
     LayerNorm32,
     Mlp,
-    Pattern,
     TimestepEmbedder,
     arrange,
     axial_angles,
@@ -53,7 +52,7 @@ from ..layers import (
     visit,
 )
 from ..rng import Rng
-from .registry import Model, Plan, at_least_one, instantiate, register_models
+from .registry import Model, Plan, at_least_one, check_pattern, instantiate, register_models
 
 __all__ = ["Kandinsky5", "Kandinsky5Config"]
 
@@ -87,11 +86,12 @@ class Kandinsky5Config:
     scale_factor: tuple[float, float, float] = (1.0, 2.0, 2.0)
     """What positions are divided by: 1 2 2 for videos with sides of 480 to 854 pixels, 1 3.16 3.16 above, 1 1 1 for
     images. `cond.scalars["scale_factor"]` [b 3] overrides it, sample by sample."""
-    pattern: Pattern | None = None
+    pattern: Any = None
     """Which tiles of x attend to which: Nabla(0.9) in Video Lite of 10 s, 0.7 and 0.8 in Video Pro."""
 
     def __post_init__(self) -> None:
         at_least_one(self, "in_channels", "hidden_size", "ff_dim", "time_dim", "depth", "text_dim", "pooled_dim")
+        check_pattern(self)
         for name in ("patch_size", "axes"):
             value: Any = getattr(self, name)
             if len(value) != 3 or min(value) < 1:

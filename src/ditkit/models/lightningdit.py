@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -24,7 +25,6 @@ from ..layers import (
     FinalLayer,
     LabelEmbedder,
     PatchEmbed,
-    Pattern,
     RMSNorm,
     SwiGLU,
     TimestepEmbedder,
@@ -40,7 +40,7 @@ from ..layers import (
     visit,
 )
 from ..rng import Rng
-from .registry import ImageConfig, Model, Plan, at_least_one, instantiate, register_models
+from .registry import ImageConfig, Model, Plan, at_least_one, check_pattern, instantiate, register_models
 
 __all__ = ["LightningDiT", "LightningDiTConfig"]
 
@@ -63,11 +63,12 @@ class LightningDiTConfig(ImageConfig):
     """RMS norm of q and k per head: off in the release; it keeps a long training in bf16 from diverging."""
     num_classes: int = 1000
     """0 = unconditional. The null label has the index num_classes."""
-    pattern: Pattern | None = None
+    pattern: Any = None
     """Which tiles of the image attend to which (sliding_tiles, nabla); None = all, as in the release."""
 
     def __post_init__(self) -> None:
         at_least_one(self, "patch_size", "in_channels", "hidden_size", "depth", "num_heads")
+        check_pattern(self)
 
     def build(self, seed: int = 0) -> LightningDiT:
         """The network with initial weights."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..conditioning import Conditioning, Tokens
 from ..config import DitkitError, lookup, names, near, register_name, registered_as
-from ..layers import Edit
+from ..layers import Edit, Pattern
 from ..rng import Rng
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "TiledConfig",
     "TokenConfig",
     "at_least_one",
+    "check_pattern",
     "create_model",
     "given_pooled",
     "given_text",
@@ -241,6 +242,14 @@ def at_least_one(config: Any, *fields: str) -> None:
     for field in fields:
         if getattr(config, field) < 1:
             raise DitkitError(f"model.{field} must be at least 1, not {getattr(config, field)}")
+
+
+def check_pattern(config: Any) -> None:
+    """Raises DitkitError for a `pattern` that is neither None nor a pattern of attention."""
+    pattern = config.pattern
+    if pattern is not None and not isinstance(pattern, Pattern):
+        known = ", ".join(names("pattern"))
+        raise DitkitError(f"model.pattern is None or a pattern of attention ({known}), not {pattern!r}")
 
 
 def instantiate(cls: type[M], config: Any, seed: int) -> M:
