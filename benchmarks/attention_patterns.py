@@ -1,6 +1,6 @@
 """Attention under patterns against attention to all: sparsity, error and time on this machine.
 
-python benchmarks/attention_patterns.py --tokens 1024 4096 16384 --rounds 5
+python benchmarks/attention_patterns.py --tokens 1024 4096 16384 --rounds 5 --ways gather flex
 
 Each way is timed in pairs with attention to all, in one process, A B A B ...; a line holds medians and the ratio of the
 medians, with the smallest and largest ratio of a pair. The time of a pattern has in it what chooses the blocks. q and k
@@ -31,7 +31,7 @@ PATTERNS = {
     "nabla 0.9, 3 3 3": Nabla(0.9, (3, 3, 3)),
     "nabla 0.5, 3 3 3": Nabla(0.5, (3, 3, 3)),
 }
-Way = Callable[[Tensor, Tensor, Tensor, Blocks], Tensor]
+WAYS: dict[str, Callable[[Tensor, Tensor, Tensor, Blocks], Tensor]] = {"gather": gather, "dense": dense, "flex": flex}
 
 
 def smooth(grid: tuple[int, int, int], seed: int) -> Tensor:
@@ -67,9 +67,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=list(GRIDS), choices=list(GRIDS))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--flex", action="store_true", help="compiled FlexAttention, too (compiles for a minute)")
+    parser.add_argument(
+        "--ways", nargs="+", default=["gather", "dense"], choices=list(WAYS), help="flex compiles for a minute first"
+    )
     args = parser.parse_args()
-    ways: dict[str, Way] = {"gather": gather, "dense mask": dense, **({"flex": flex} if args.flex else {})}
     print(
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
     )
@@ -89,7 +90,8 @@ def main() -> None:
                     return mask if isinstance(mask, Blocks) else mask.blocks(q, k)  # type: ignore[union-attr]
 
                 full = attend(q, k, v)
-                for way_name, way in ways.items():
+                for way_name in args.ways:
+                    way = WAYS[way_name]
                     out = way(q, k, v, blocks())
                     error = float((out - full).norm() / full.norm())
                     one, other = pairs(
