@@ -228,7 +228,7 @@ def lines(curves: Sequence[Line], x: str, y: str, *, log_x: bool = False, log_y:
             axes.errorbar(curve.x, curve.y, curve.error, color=colour, linestyle="none", capsize=3)
     axes.set(xlabel=x, ylabel=y, xscale="log" if log_x else "linear", yscale="log" if log_y else "linear")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, ncols=1 if strong <= len(COLOURS) else 2)
     return drawn(picture)
 
 

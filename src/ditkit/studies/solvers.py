@@ -139,22 +139,28 @@ class Noise:
 
 
 @functools.lru_cache(maxsize=4)
-def _exact(folder: Path, device: str, grid: Any, steps: int, seed: int) -> tuple[Noise, Tensor]:
-    """The start, and where it leads: RK4 in many steps.
-
-    The step to t = 0 from the end of a grid of log-SNR is one Euler step however fine the grid is, and so it is here:
-    what the grid costs is no error of the solver.
-    """
+def _fine(folder: Path, device: str, grid: Any, steps: int, seed: int) -> tuple[Noise, tuple[float, ...], Tensor]:
+    """The start, and where RK4 leads in many steps; on a grid of log-SNR all but the last, to t = 0, which is left."""
     noise = Noise(load(folder, device=device), seed)
     times = noise.times(grid, steps)
-    if not isinstance(grid, Exponential):
-        return noise, noise.drawn(RK4(), times)
-    return noise, noise.drawn(Euler(), times[-2:], noise.drawn(RK4(), times[:-1]))
+    last = len(times) - isinstance(grid, Exponential)
+    return noise, times[last - 1 :], noise.drawn(RK4(), times[:last])
+
+
+def _exact(folder: Path, cell: Cell, seed: int) -> tuple[Noise, Tensor]:
+    """The start, and where it leads.
+
+    From the end of a grid of log-SNR one step leads to t = 0, however fine the grid is. It is the solver's own here,
+    too: what the grid costs is no error of the solver.
+    """
+    sample = cell.recipe.sample
+    noise, left, x = _fine(folder, cell.recipe.train.device, sample.grid, sample.steps, seed)
+    return noise, noise.drawn(sample.solver, left, x) if len(left) > 1 else x
 
 
 def _measure(folder: Path, cell: Cell, seed: int) -> Finding:
     device, sample = cell.recipe.train.device, cell.recipe.sample
-    noise, exact = _exact(folder, device, sample.grid, sample.steps, seed)
+    noise, exact = _exact(folder, cell, seed)
     numbers: dict[str, float] = {}
     protocol: dict[str, Any] = {}
     for budget in BUDGETS:
@@ -275,7 +281,8 @@ def _present(results: Results) -> tuple[Section, ...]:
                 f"Equal steps of {grid}",
                 (
                     Picture(f"{grid}.png", f"error against evaluations, equal steps of {grid}, log-log", plot),
-                    "RMS difference to the exact samples by number of evaluations, and its slope.",
+                    "RMS difference to the exact samples by number of evaluations, and its slope. A solver takes as "
+                    "many steps as the number pays for.",
                     Table(head, tuple(rows)),
                     "KID of images.",
                     Table(("solver", *(f"{b} evaluations" for b in SEEN)), kids),
