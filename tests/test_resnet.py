@@ -16,8 +16,8 @@ from ditkit.config import DitkitError
 from ditkit.diffusion import Linear, Meaning, PerturbedAttention, SkipLayer, guide
 from ditkit.models import ResNetConfig, model_config
 from ditkit.plan import gmacs
-from ditkit.recipe import Train
-from ditkit.recipes import digits
+from ditkit.recipe import Recipe, Train
+from ditkit.recipes import digits, find_recipe
 from ditkit.training import train
 
 from .test_models import build, inputs
@@ -100,6 +100,22 @@ def test_sizes_that_cannot_be_built_or_fitted_are_refused() -> None:
         ResNetConfig(depth=0)
     with pytest.raises(DitkitError, match=r"28 x 28 are not tiled by patches of 8: .*--model\.patch-size"):
         ResNetConfig(patch_size=8).fitted((1, 28, 28), 10, 0)
+
+
+@pytest.mark.parametrize("name", ["digits_resnet", "digits_unet"])
+def test_the_recipes_of_digits_cost_two_thirds_of_the_transformers(name: str) -> None:
+    def macs(recipe: Recipe) -> float:
+        config = recipe.model.fitted((1, 28, 28), 10, 0)
+        return gmacs(config, config.shape) * recipe.train.steps * recipe.train.batch
+
+    recipe = find_recipe(name)
+    assert recipe == Recipe.from_json(recipe.to_json())
+    assert 0.6 < macs(recipe) / macs(digits()) < 0.7
+    assert (recipe.denoiser, recipe.objective, recipe.sample) == (
+        digits().denoiser,
+        digits().objective,
+        digits().sample,
+    )
 
 
 @pytest.mark.slow

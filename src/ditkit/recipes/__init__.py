@@ -8,14 +8,27 @@ from ..config import DitkitError, near
 from ..recipe import Recipe
 from . import dit, jit, lightningdit, repa, sit
 from .captions import captions, captions_uniform
-from .digits import demo, digits
+from .digits import demo, digits, digits_resnet, digits_unet
 from .families import FAMILIES
 from .folder import folder
 
-__all__ = ["FAMILIES", "PUBLISHED", "captions", "captions_uniform", "demo", "digits", "find_recipe", "folder"]
+__all__ = [
+    "FAMILIES",
+    "PUBLISHED",
+    "captions",
+    "captions_uniform",
+    "demo",
+    "digits",
+    "digits_resnet",
+    "digits_unet",
+    "find_recipe",
+    "folder",
+]
 
 _NAMED: dict[str, Callable[[], Recipe]] = {
     "digits": digits,
+    "digits_unet": digits_unet,
+    "digits_resnet": digits_resnet,
     "demo": demo,
     "captions": captions,
     "captions_uniform": captions_uniform,
