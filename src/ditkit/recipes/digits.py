@@ -51,7 +51,8 @@ def digits() -> Recipe:
 def digits_unet() -> Recipe:
     """A U-Net of 0.5M parameters with levels of 28, 14 and 7 pixels: `ditkit train digits_unet`.
 
-    The second half of the training takes 80 s of one core; the loss falls from 3.24 (first 10 steps) to 0.211 (last 50).
+    The second half of the training takes 80 s of one core; the loss falls from 3.24 (first 10 steps)
+    to 0.211 (last 50).
     """
     model = UNetConfig(
         model_channels=16,
@@ -68,7 +69,8 @@ def digits_unet() -> Recipe:
 def digits_resnet() -> Recipe:
     """A residual network of 0.4M parameters on squares of 2 x 2 pixels: `ditkit train digits_resnet`.
 
-    The second half of the training takes 53 s of one core; the loss falls from 3.00 (first 10 steps) to 0.238 (last 50).
+    The second half of the training takes 53 s of one core; the loss falls from 3.00 (first 10 steps)
+    to 0.238 (last 50).
     """
     return _convolutional(ResNetConfig(patch_size=2, channels=64, depth=5, groups=8))
 
