@@ -196,13 +196,16 @@ class Evaluate:
     samples: int = 1000
     size: int = 96
     """Side in pixels to which images are scaled for the feature network."""
+    times: int = 32
+    """Draws of the time for each text when its likelihood is bounded."""
     gates: tuple[Gate, ...] = ()
     """Bounds that must be kept for the evaluation to succeed."""
 
     def __post_init__(self) -> None:
-        if self.samples < 10 or self.size < 32:
+        if self.samples < 10 or self.size < 32 or self.times < 1:
             raise DitkitError(
-                f"evaluate.samples must be at least 10, evaluate.size 32; not {self.samples}, {self.size}"
+                "evaluate.samples must be at least 10, evaluate.size 32, evaluate.times 1; not "
+                f"{self.samples}, {self.size}, {self.times}"
             )
 
 

@@ -19,7 +19,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="solver steps")
     guidance_arguments(parser)
     parser.add_argument("--solver", help="how a step is taken: euler, heun, ddim, dpmpp_2m, unipc_3, ...")
-    parser.add_argument("--batch", type=int, help="images computed at once")
+    parser.add_argument("--batch", type=int, help="samples computed at once")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
 
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     written = write_report(folder, found)
     for name, meaning in MEANING.items():
         if name in found.numbers:
-            print(f"{name:<20} {number(found.numbers[name]):>10}   {meaning}")
+            print(f"{name:<26} {number(found.numbers[name]):>10}   {meaning}")
     for bound, came, kept in bounds(found):
         print(f"{'kept  ' if kept else 'MISSED'}  {bound} ({came})")
     print("written: " + ", ".join(str(path) for path in written))

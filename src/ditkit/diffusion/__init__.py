@@ -1,7 +1,7 @@
 """Paths, spaces, denoisers, objectives, grids, solvers and guides; knows no layer and no model."""
 
 from .denoiser import Denoise, Denoiser, Meaning, Prediction
-from .discrete import CrossEntropy, GeneralisedKL, Jumps, TokenDenoiser, TokenMeaning, TokenPrediction
+from .discrete import CrossEntropy, GeneralisedKL, Jumps, TokenDenoiser, TokenMeaning, TokenPrediction, likelihood_bound
 from .grid import Grid
 from .guidance import (
     APG,
@@ -152,6 +152,7 @@ __all__ = [
     "integrate",
     "jumps",
     "keep",
+    "likelihood_bound",
     "log_likelihood",
     "log_snr",
     "marginal",

@@ -24,7 +24,15 @@ from .path import Time, as_time
 from .solvers.solver import Once
 from .token_path import DraxPath, Mixture, TokenPath, components, corrupt, jumps, noise, pick
 
-__all__ = ["CrossEntropy", "GeneralisedKL", "Jumps", "TokenDenoiser", "TokenMeaning", "TokenPrediction"]
+__all__ = [
+    "CrossEntropy",
+    "GeneralisedKL",
+    "Jumps",
+    "TokenDenoiser",
+    "TokenMeaning",
+    "TokenPrediction",
+    "likelihood_bound",
+]
 
 _FLOOR = 1e-9  # the divergence-free rate is infinite at t = 1, where it only replaces noise by noise
 
@@ -291,6 +299,27 @@ class GeneralisedKL:
         """Draws "t" and "noise"."""
         prediction = _look(self.times, denoiser, x0, cond, rng)
         return Loss({"generalised_kl": prediction.bound(x0).mean(1)}, prediction.t)
+
+
+def likelihood_bound(
+    denoiser: TokenDenoiser, x0: Int[Tensor, "b l"], cond: Conditioning, rng: Draw, times: int = 32, last: float = 0.01
+) -> Float[Tensor, "b"]:
+    """An unbiased estimate of a bound on -log p(x0) from above, in nats, for each sample with all of its tokens.
+
+    The bound is that of a sampler with many small steps down to t = `last` and one from there to the data: the integral
+    of `TokenPrediction.bound` from `last` to 1, by one draw in each of `times` equal parts, and -log p(x0 | x_last). A
+    network that doubts a right token at t = 0 makes the integral down to 0 infinite on a uniform path. Draws "t" and
+    "noise" from `rng.at(k)`, k up to `times`. Raises DitkitError for what is not for tokens.
+    """
+    require_tokens(denoiser)
+    total = torch.zeros(len(x0), dtype=torch.float64, device=x0.device)
+    for k in range(times):
+        draw = rng.at(k)
+        t = last + (1 - last) * (k + draw("t", "uniform").double().cpu()) / times
+        prediction = denoiser(corrupt(denoiser.path, x0, t, draw), t, cond)
+        total += (1 - last) / times * prediction.bound(x0).sum(1)
+    prediction = denoiser(corrupt(denoiser.path, x0, last, rng.at(times)), last, cond)
+    return total - prediction.log_probabilities().gather(-1, x0[..., None]).squeeze(-1).sum(1)
 
 
 def require_tokens(denoiser: Any) -> None:

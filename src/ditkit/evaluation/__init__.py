@@ -6,6 +6,7 @@ from .features import Features
 from .measure import MEANING, Measurement, evaluate, measure_kid, sampling_protocol
 from .memorization import FMem, f_mem, memorized, within_class_distance
 from .report import bounds, curve, write_report
+from .texts import Nearest, nearest_texts
 
 __all__ = [
     "MEANING",
@@ -14,6 +15,7 @@ __all__ = [
     "FMem",
     "Features",
     "Measurement",
+    "Nearest",
     "bounds",
     "curve",
     "evaluate",
@@ -22,6 +24,7 @@ __all__ = [
     "kernel_distance",
     "measure_kid",
     "memorized",
+    "nearest_texts",
     "sampling_protocol",
     "train_classifier",
     "within_class_distance",

@@ -1,4 +1,4 @@
-"""Measure a run: quality against held-out data, agreement with the labels, diversity, and copying.
+"""Measure a run: quality against held-out data, agreement with the labels, diversity, and copying; bits of texts.
 
 Every number comes with its protocol. The reference is always held-out data: copies of the training set would improve a
 distance to the training set.
@@ -8,27 +8,28 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Shaped, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
 from ..config import DitkitError, near, to_json
-from ..data import Split
+from ..data import Dataset, Split, strings
 from ..pipeline import Pipeline, load
 from ..recipe import Gate, Sample
 from ..report import provenance
 from ..runs import find_checkpoint
 from .classifier import train_classifier
-from .distances import frechet_distance, kernel_distance
+from .distances import Estimate, frechet_distance, kernel_distance
 from .features import Features
 from .memorization import f_mem, within_class_distance
+from .texts import Nearest, bits_per_character, nearest_texts, ratio, share, unigram_bits, valid
 
 __all__ = ["MEANING", "Measurement", "blurred", "evaluate", "measure_kid", "sampling_protocol"]
 
@@ -43,6 +44,16 @@ MEANING = {
     "diversity": "mean distance between samples of a class, as a share of that between real images; 0 = all the same",
     "f_mem": "share of samples that copy a training image: nearer to it than a third of the way to the next one",
     "f_mem_floor": "the same for held-out real images: what counts as a copy by chance",
+    "bits_per_character": "bound on -log2 p of held-out texts, their filling included, over their characters",
+    "bits_per_character_train": "the same for training texts: far below, the model knows them by heart",
+    "bits_per_character_unigram": "a code of single characters and an end by their frequencies: what no context gives",
+    "copies": "share of samples that are a training text",
+    "edit_distance": "edits of one character from a sample to the nearest training text, mean",
+    "edit_distance_heldout": "the same for held-out texts: what new texts of this kind are away",
+    "valid": "share of samples whose words are all in training texts",
+    "valid_heldout": "the same for held-out texts: what a perfect model could reach",
+    "valid_new": "share of samples that are valid, no copy, and drawn for the first time",
+    "distinct": "share of different texts among the samples",
     "seconds": "time for training and evaluation together",
     "seconds_training": "time for training",
     "seconds_evaluation": "time for this evaluation",
@@ -51,13 +62,17 @@ MEANING = {
 
 @dataclass(frozen=True)
 class Measurement:
-    """Numbers by name, how they were obtained, the bounds they should keep, and the images measured."""
+    """Numbers by name, how they were obtained, the bounds they should keep, and what was measured.
+
+    images: the samples, also where these are code points of texts; texts: those with the nearest training texts.
+    """
 
     numbers: dict[str, float | None]
     protocol: dict[str, Any]
     gates: tuple[Gate, ...]
-    images: UInt8[Tensor, "n c h w"]
+    images: Shaped[Tensor, "n *sample"]
     labels: Int[Tensor, "n"] | None
+    texts: tuple[Nearest, ...] = ()
 
     @property
     def missed(self) -> tuple[Gate, ...]:
@@ -89,7 +104,7 @@ def evaluate(
     """Measure a run's newest checkpoint, or one checkpoint, with the recipe's settings or others.
 
     samples: how many to draw, classes in turn. settings: fields of `Sample`. say: gets a line when something begins.
-    Raises DitkitError if the data has no held-out images, or the run cannot be loaded.
+    Raises DitkitError if the data has no held-out part, is of neither images nor texts, or the run cannot be loaded.
     """
     begun = time.perf_counter()
     pipeline = load(path, device=device)
@@ -98,23 +113,45 @@ def evaluate(
         for name in (gate.metric, gate.times, gate.plus):
             if name is not None and name not in MEANING:
                 raise DitkitError(f"a bound names {name!r}: {near(name, MEANING)}")
-    features = Features(recipe.evaluate.size, pipeline.device)
     say("reading the data")
     data = recipe.data.open()
     if data.classes != pipeline.classes:
         raise DitkitError(f"the data now has the classes {data.classes}, the run was trained on {pipeline.classes}")
+    kind = "images" if len(data.shape) == 3 else "texts" if data.symbols else None
+    if kind is None:
+        raise DitkitError(
+            f"{data.name} holds neither images [c h w] nor texts, and `ditkit evaluate` measures only these"
+        )
     if len(data.heldout) < 10 or len(data.train) < 10:
         raise DitkitError(
-            f"{data.name} has {len(data.train)} training and {len(data.heldout)} held-out images; measuring takes at "
-            "least 10 of each: raise data.holdout when training, or use more images"
+            f"{data.name} has {len(data.train)} training and {len(data.heldout)} held-out {kind}; measuring takes at "
+            f"least 10 of each: raise data.holdout when training, or use more {kind}"
         )
-    if len(data.shape) != 3:
-        raise DitkitError(f"{data.name} holds no images [c h w], and `ditkit evaluate` measures only these")
     count = recipe.evaluate.samples if samples is None else samples
     if count < 10:
         raise DitkitError(f"measuring takes at least 10 samples, not {count}")
-    real, real_labels = _images(data.heldout, len(data.heldout))
-    train, train_labels = _images(data.train, len(data.train))
+    measure = _measure_images if kind == "images" else _measure_texts
+    found = measure(pipeline, data, count, seed, settings, say)
+
+    numbers = found.numbers
+    numbers["seconds_training"] = float(find_checkpoint(path).log["seconds"])
+    numbers["seconds_evaluation"] = time.perf_counter() - begun
+    numbers["seconds"] = numbers["seconds_training"] + numbers["seconds_evaluation"]
+    found.protocol.update(provenance())
+    for gate in recipe.evaluate.gates:
+        if numbers.get(gate.metric) is None:
+            raise DitkitError(f"the recipe bounds {gate.metric}, which this data does not give")
+    return found
+
+
+def _measure_images(
+    pipeline: Pipeline, data: Dataset, count: int, seed: int, settings: dict[str, Any], say: Callable[[str], None]
+) -> Measurement:
+    """All numbers of images but the times."""
+    recipe = pipeline.recipe
+    features = Features(recipe.evaluate.size, pipeline.device)
+    real, real_labels = _samples(data.heldout, len(data.heldout))
+    train, train_labels = _samples(data.train, len(data.train))
 
     say(f"drawing {count} samples")
     chosen = pipeline.settings(**settings)
@@ -139,7 +176,7 @@ def evaluate(
         "kid": sampled,
         "kid_untrained": features(untrained),
         "kid_blurred": features(blurred(real)),
-        "kid_train": features(_images(data.train, min(len(train), len(real)))[0]),
+        "kid_train": features(_samples(data.train, min(len(train), len(real)))[0]),
     }
     for name, found in sets.items():
         estimate = kernel_distance(found, reference)
@@ -153,15 +190,59 @@ def evaluate(
     copies, floor = f_mem(images, train), f_mem(real, train)
     numbers |= {"f_mem": copies.value, "f_mem_error": copies.error, "f_mem_floor": floor.value}
     protocol["copies"] = f"nearest over second nearest of {len(train)} training images below 1/3, in bytes, L2"
-
-    numbers["seconds_training"] = float(find_checkpoint(path).log["seconds"])
-    numbers["seconds_evaluation"] = time.perf_counter() - begun
-    numbers["seconds"] = numbers["seconds_training"] + numbers["seconds_evaluation"]
-    protocol |= provenance()
-    for gate in recipe.evaluate.gates:
-        if numbers.get(gate.metric) is None:
-            raise DitkitError(f"the recipe bounds {gate.metric}, which this data does not give")
     return Measurement(numbers, protocol, recipe.evaluate.gates, images, labels)
+
+
+def _measure_texts(
+    pipeline: Pipeline, data: Dataset, count: int, seed: int, settings: dict[str, Any], say: Callable[[str], None]
+) -> Measurement:
+    """All numbers of texts but the times."""
+    recipe = pipeline.recipe
+    train, heldout = (strings(_samples(split, len(split))[0]) for split in (data.train, data.heldout))
+    say(f"drawing {count} samples")
+    chosen = pipeline.settings(**settings)
+    labels = pipeline.labels(None, count)
+    samples = _draw(pipeline, labels, count, seed, settings)
+    texts = strings(samples)
+    numbers: dict[str, float | None] = {}
+    protocol = sampling_protocol(pipeline, chosen, count, seed)
+    protocol |= {"reference": f"held-out part of {data.source}", "reference_texts": len(heldout)}
+
+    def add(name: str, found: Estimate) -> None:
+        numbers[name], numbers[f"{name}_error"] = found.value, found.error
+
+    say("bounding the likelihood")
+    times = recipe.evaluate.times
+    for name, split, n in (
+        ("bits_per_character", data.heldout, len(heldout)),
+        ("bits_per_character_train", data.train, min(len(train), len(heldout))),
+    ):
+        indices = torch.arange(n) * len(split) // n
+        add(name, bits_per_character(pipeline, split, indices, times, seed))
+    numbers["bits_per_character_unigram"] = unigram_bits(heldout, train, data.symbols)
+    protocol["bits"] = (
+        f"generalised KL with one draw of t in each of {times} equal parts of (0.01, 1) for each text, and -log p(x0) "
+        "given x at t = 0.01; the standard error is over texts; as many training texts as held-out ones"
+    )
+
+    say("looking for copies")
+    near = nearest_texts(texts, train)
+    known, right = set(train), valid(texts, train)
+    fresh = [text not in known and text not in texts[:i] for i, text in enumerate(texts)]
+    add("copies", share([text in known for text in texts]))
+    add("edit_distance", _mean([n.edits for n in near]))
+    add("edit_distance_heldout", _mean([n.edits for n in nearest_texts(heldout, train)]))
+    add("valid", share(right))
+    add("valid_heldout", share(valid(heldout, train)))
+    add("valid_new", share([v and f for v, f in zip(right, fresh, strict=True)]))
+    numbers["distinct"] = len(set(texts)) / len(texts)
+    protocol["copies"] = f"against {len(train)} training texts; words are what is between single spaces"
+    return Measurement(numbers, protocol, recipe.evaluate.gates, samples, labels, tuple(near))
+
+
+def _mean(values: Sequence[float]) -> Estimate:
+    """With its standard error."""
+    return ratio(torch.tensor(values, dtype=torch.float64), torch.ones(len(values), dtype=torch.float64))
 
 
 def measure_kid(path: str | Path, *, seed: int = 0, device: str = "auto", **settings: Any) -> Measurement:
@@ -189,7 +270,7 @@ def _reference(data: Any, size: int, device: str) -> tuple[Features, Tensor, str
     if len(opened.shape) != 3 or len(opened.heldout) < 10:
         raise DitkitError(f"{opened.name} has no 10 held-out images [c h w] to compare samples with")
     features = Features(size, device)
-    return features, features(_images(opened.heldout, len(opened.heldout))[0]), opened.source
+    return features, features(_samples(opened.heldout, len(opened.heldout))[0]), opened.source
 
 
 def sampling_protocol(pipeline: Pipeline, chosen: Sample, count: int, seed: int) -> dict[str, Any]:
@@ -226,8 +307,8 @@ def _spread(images: Tensor, labels: Tensor | None) -> float | None:
     return within_class_distance(images, labels) if int(labels.bincount().max()) > 1 else None
 
 
-def _images(split: Split, count: int) -> tuple[UInt8[Tensor, "n c h w"], Int[Tensor, "n"] | None]:
-    """`count` images spread evenly over a split, with their labels."""
+def _samples(split: Split, count: int) -> tuple[Shaped[Tensor, "n *sample"], Int[Tensor, "n"] | None]:
+    """`count` samples spread evenly over a split, with their labels."""
     batch = split.batch(torch.arange(count) * len(split) // count)
     return batch.data, batch.label
 

@@ -32,10 +32,14 @@ def curve(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def write_report(run: Run, found: Measurement) -> list[Path]:
-    """Write samples.png, loss.png, report.json, report.md and report.html into the run; the paths, the page first."""
+    """Write report.html, report.md, report.json and the pictures into the run; the paths, the page first."""
     values = {**found.numbers, "missed": [str(gate) for gate in found.missed]}
     recipe = to_json(run.recipe())
-    samples = Picture("samples.png", "samples, one row for each class", _samples(found))
+    if found.texts:
+        rows = tuple((n.text, n.nearest, str(n.edits)) for n in found.texts[:50])
+        samples = Table(("sample", "nearest training text", "edits"), rows)
+    else:
+        samples = Picture("samples.png", "samples, one row for each class", _samples(found))
     loss = Picture("loss.png", "training loss over steps", curve(run.rows()))
     sections = [
         Section("Samples", (samples,)),
