@@ -156,8 +156,6 @@ def test_a_text_run_on_the_command_line(ditkit: Command, tmp_path: Path) -> None
     refused = ditkit("sample", tmp_path / "run", "--count", "2", "--out", "texts.png")
     assert refused.returncode == 1
     assert "cannot be shown as .png: use .txt" in refused.stderr
-    refused = ditkit("evaluate", tmp_path / "run")
-    assert refused.returncode == 1
     pipeline = load(tmp_path / "run")
     whole = pipeline.sample(count=4, seed=2)
     assert torch.equal(pipeline.sample(count=3, seed=2, batch=2), whole[:3])

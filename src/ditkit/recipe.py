@@ -196,10 +196,10 @@ class Evaluate:
     samples: int = 1000
     size: int = 96
     """Side in pixels to which images are scaled for the feature network."""
-    times: int = 32
-    """Draws of the time for each text when its likelihood is bounded."""
     gates: tuple[Gate, ...] = ()
     """Bounds that must be kept for the evaluation to succeed."""
+    times: int = 32
+    """Draws of the time for each text when its likelihood is bounded."""
 
     def __post_init__(self) -> None:
         if self.samples < 10 or self.size < 32 or self.times < 1:

@@ -44,7 +44,7 @@ def nearest_texts(texts: Sequence[str], others: Sequence[str]) -> list[Nearest]:
             block = same[first : first + 64]
             edits, index = _edits(points(block, max(1, length)), length, table, lengths).min(1)
             for text, j, e in zip(block, index.tolist(), edits.tolist(), strict=True):
-                found[text] = others[j], e
+                found[text] = others[int(j)], int(e)
     return [Nearest(text, *found[text]) for text in texts]
 
 
