@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -210,6 +211,11 @@ def test_another_study_preset_or_recipe_is_refused_and_nothing_is_touched(tmp_pa
         with pytest.raises(DitkitError, match=says):
             compare(wrong, tmp_path / "out", quiet=True)
     assert before == {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    shutil.copytree(tmp_path / "out", tmp_path / "old")
+    shutil.rmtree(tmp_path / "old" / "results")  # a finished training of another recipe is not taken for this one
+    wider = replace(study.cells[0], recipe=replace(study.cells[0].recipe, model=MLPConfig(hidden_size=9)))
+    with pytest.raises(DitkitError, match=r"low-0 holds a run with another recipe: model.hidden_size is 8, not 9"):
+        compare(replace(study, cells=(wider,)), tmp_path / "old", quiet=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("dear")
     with pytest.raises(DitkitError, match="not empty"):
@@ -368,20 +374,22 @@ def test_the_conditioning_study_runs_and_says_what_each_way_costs(tmp_path: Path
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["expectations"][0]["found"] == "cannot be said: there is no kid of adaln"
     costs = {r["cell"]: r["numbers"] for r in report["results"]}
-    images = Digits().open().heldout.batch(torch.arange(1000)).data / 127.5 - 1
-    t = torch.sigmoid(0.8 + torch.randn(100_000, generator=torch.Generator().manual_seed(0)))
+    data = study.cells[0].recipe.data.open()
+    images = data.heldout.batch(torch.arange(1000)).data / 127.5 - 1
+    t = torch.sigmoid(-0.8 + 0.8 * torch.randn(100_000, generator=torch.Generator().manual_seed(0)))
     nothing = float(images.square().mean() * t.clamp(min=0.05).pow(-2).mean())  # what predicting x0 = 0 costs
     assert 0.7 * nothing < costs["adaln_zero"]["loss"] < 1.1 * nothing  # after four steps
     assert (tmp_path / "samples.png").exists()
     for name, numbers in costs.items():
-        model = next(c for c in study.cells if c.name == name).recipe.fitted(Digits().open()).model
+        model = next(c for c in study.cells if c.name == name).recipe.fitted(data).model
         assert numbers["parameters"] == cost(model).trainable
         assert numbers["gmacs"] == pytest.approx(cost(model).gmacs)
 
 
 def test_the_four_ways_differ_in_conditioning_alone_and_cost_the_same() -> None:
-    data = Digits().open()
-    models = [c.recipe.fitted(data).model for c in find_study("conditioning").cells]
+    studied = find_study("conditioning").cells
+    data = studied[0].recipe.data.open()
+    models = [c.recipe.fitted(data).model for c in studied]
     costs = [gmacs(m, m.shape) for m in models]
     assert max(costs) < 1.05 * min(costs)
     for preset in ("cpu", "full"):

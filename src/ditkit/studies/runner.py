@@ -85,9 +85,18 @@ def _claim(study: Study, out: Path) -> None:
 
 
 def _trained(run: Path, recipe: Recipe) -> bool:
-    """Whether the run folder holds this training, finished: another cell of the same run has done it."""
+    """Whether the run folder holds this training, finished: another cell of the same run has done it.
+
+    Raises DitkitError if it is the training of another recipe.
+    """
     newest = Run(run).newest() if Run(run).exists() else None
-    return newest is not None and newest.step == recipe.train.steps
+    if newest is None or newest.step != recipe.train.steps:
+        return False  # `train` looks at what is there
+    wished = to_json(recipe.fitted(recipe.data.open()))
+    for change in differences(to_json(Run(run).recipe()), wished):
+        if not change.startswith(("sample", "evaluate")):
+            raise DitkitError(f"{run} holds a run with another recipe: {change}; choose another --out, or delete it")
+    return True
 
 
 def _json(path: Path) -> dict[str, Any]:
