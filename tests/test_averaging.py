@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from ditkit.averaging import WIDEST, exponent, power_decay, reconstruction
 from ditkit.config import DitkitError
-from ditkit.exchange import begin_from, export_run
+from ditkit.exchange import export_run
 from ditkit.interop import FORMATS, read
 from ditkit.pipeline import load
 from ditkit.recipe import Recipe, Sample, Train
 from ditkit.runs import Run, find_checkpoint
+from ditkit.start import begin_from
 from ditkit.training import Averages, train
 
 from .conftest import Command

@@ -84,7 +84,7 @@ def test_help_is_there_for_every_command(ditkit: Command, ditkit_process: Comman
         ("train digits --train.precision fp8", "fp32 or bf16"),
         ("train digits --train.device tpu", "tpu"),
         ("train digits --sample.solver hein", "did you mean heun?"),
-        ("train digits --model unet", "unknown model 'unet'"),
+        ("train digits --model ditt", "unknown model 'ditt': did you mean"),
         ("train digits --model.num-classes 7", "follows from the data"),
         ("train digits --model.patch-size 5", "not tiled by patches of 5"),
         ("train folder:nowhere", "nowhere"),
@@ -94,7 +94,7 @@ def test_help_is_there_for_every_command(ditkit: Command, ditkit_process: Comman
         ("plan dit_xl_2 --resolution 33", "not tiled"),
         ("plan dit_xl_2 --batch 0", "at least 1"),
         ("plan dit_xl_2 --dtype fp8", "bf16 or fp32"),
-        ("models unet*", "no model matches"),
+        ("models vgg*", "no model matches"),
         ("models --what", "--what"),
     ],
 )

@@ -322,7 +322,7 @@ def test_a_codec_that_does_not_fit_the_pictures_is_said_before_anything_is_writt
 
 def test_a_trainer_that_begins_keeps_its_averages_apart_from_its_weights(tiny: Recipe, tmp_path: Path) -> None:
     train(tiny, tmp_path / "first", quiet=True)
-    from ditkit.exchange import begin_from
+    from ditkit.start import begin_from
 
     data = tiny.data.open()
     recipe = tiny.fitted(data)

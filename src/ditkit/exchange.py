@@ -1,4 +1,4 @@
-"""Published checkpoints and runs: import one as a run, export a run as one, begin a training from one."""
+"""Published checkpoints and runs: import one as a run, export a run as one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from .models import LoRAConfig, Model, UNetConfig, unadapted
 from .recipe import Recipe, Sample, Train
 from .runs import Checkpoint, Run, atomic_write, find_run
 
-__all__ = ["Start", "begin_from", "export_run", "import_file"]
+__all__ = ["export_run", "import_file"]
 
 _TABLE = "y_embedder.embedding_table.weight"
 
@@ -68,7 +68,7 @@ def import_file(
     run = Run(out if out is not None else Path("runs") / (path.stem or path.resolve().name))
     if run.foreign():
         raise DitkitError(f"{run.folder} is not empty: choose another --out")
-    found = _whole(read(path, FORMATS, name=name, weights=weights, options=options))
+    found = read(path, FORMATS, name=name, weights=weights, options=options).whole()
     codec = _codec(found, autoencoder)
     group = decay_name(found.decay) if found.decay else "model"
     recipe = Recipe(
@@ -87,16 +87,6 @@ def import_file(
         run.save(0, to_json(recipe), {group: found.weights}, {**state, "imported": lines})
         run.begin(recipe)
     return run, lines
-
-
-def _whole(found: Found) -> Found:
-    """Raises DitkitError for a file that holds a part of a model."""
-    if found.format.part:
-        raise DitkitError(
-            f"{found.path} holds the branch of a {found.format.title} without its base: load both in Python, "
-            "as docs/control.md shows"
-        )
-    return found
 
 
 def _said(found: Found, codec: Any) -> list[str]:
@@ -390,33 +380,3 @@ def _distance(config: Any, meaning: Meaning, weights: Mapping[str, Tensor]) -> s
         f"on noise at the steps {times.int().tolist()} the output moves by up to {(ours - theirs).abs().max():.2g}, "
         f"with a standard deviation of {ours.std():.2g}"
     )
-
-
-# the start of a training
-
-
-@dataclass(frozen=True)
-class Start:
-    """Weights to begin with: where they come from, the configuration they are of, and what their output means."""
-
-    origin: str
-    config: Any
-    denoiser: Any
-    weights: Mapping[str, Tensor]
-
-
-def begin_from(path: str | Path, recipe: Recipe) -> Start:
-    """The weights of a run, a checkpoint of one, or a published file. Raises DitkitError.
-
-    What a file does not say (the number of heads) is taken to be as in the recipe.
-    """
-    folder = Path(path)
-    if folder.is_dir() and ((folder / "recipe.json").exists() or (folder / "state.json").exists()):
-        checkpoint, before = find_run(folder)
-        weights, name = checkpoint.chosen(before)
-        config, weights = unadapted(before.model, weights)
-        return Start(f"{name} of {checkpoint.folder}", config, before.denoiser, weights)
-    asked = ("num_heads", "in_context_start", "num_head_channels", "use_new_attention_order")
-    options = {key: getattr(recipe.model, key) for key in asked if hasattr(recipe.model, key)}
-    found = _whole(read(path, FORMATS, options=options))
-    return Start(f"{found.group} of {path} ({found.format.title})", found.config, found.denoiser, found.weights)

@@ -22,23 +22,7 @@ from .guidance import (
 )
 from .keep import Kept, keep
 from .middle import DraxLoss
-from .objective import (
-    P2,
-    Cosmap,
-    Discrete,
-    Likelihood,
-    LogitNormal,
-    LogNormal,
-    LogVariance,
-    Loss,
-    MinSNR,
-    Mode,
-    Objective,
-    Regression,
-    TimeSampler,
-    Uniform,
-    Weighting,
-)
+from .objective import Loss, Objective, Regression
 from .path import DDPM, GVP, VE, VP, Linear, Path, Time, log_snr
 from .posterior import Posterior, posterior
 from .representation import REPA
@@ -67,7 +51,9 @@ from .solvers import (
     log_likelihood,
 )
 from .space import SPACES, det, reading, row, singular_ends
+from .times import Cosmap, Discrete, LogitNormal, LogNormal, Mode, TimeSampler, Uniform
 from .token_path import DraxPath, Gumbel, Mixture, TokenPath, corrupt, jumps, marginal, pick, soften
+from .weighting import P2, Likelihood, LogVariance, MinSNR, Weighting
 
 __all__ = [
     "AB2",

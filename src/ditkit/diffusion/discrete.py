@@ -19,9 +19,10 @@ from ..conditioning import Conditioning
 from ..config import DitkitError, lookup, register
 from ..rng import Draw, Rng
 from .denoiser import prepared
-from .objective import Loss, Uniform
+from .objective import Loss
 from .path import Time, as_time
 from .solvers.solver import Once
+from .times import Uniform
 from .token_path import DraxPath, Mixture, TokenPath, components, corrupt, jumps, noise, pick
 
 __all__ = [

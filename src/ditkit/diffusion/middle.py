@@ -14,7 +14,8 @@ from ..conditioning import Conditioning
 from ..config import DitkitError, register
 from ..rng import Draw, Rng
 from .discrete import TokenDenoiser, require_tokens
-from .objective import Loss, Uniform
+from .objective import Loss
+from .times import Uniform
 from .token_path import DraxPath, soften
 
 __all__ = ["DraxLoss"]

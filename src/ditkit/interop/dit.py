@@ -13,7 +13,7 @@ from ..config import DitkitError
 from ..diffusion import DDIM, DDPM, Ancestral, Discrete, Linear, Meaning, Regression, SiTSDE
 from ..diffusion.grid import Leading, Respaced
 from ..diffusion.grid import SiT as SiTGrid
-from ..diffusion.objective import Uniform as UniformTimes
+from ..diffusion.times import Uniform as UniformTimes
 from ..layers import sincos_2d
 from ..models import DiTConfig
 from .format import Format, Shapes, block_count, expect, integer, option, published, settings, shape

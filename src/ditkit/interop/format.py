@@ -120,6 +120,15 @@ class Found:
         """Decay of the average that these weights are; 0 if they are none, or the file does not say so."""
         return self.format.weights.get(self.group, 0.0)
 
+    def whole(self) -> Found:
+        """The same. Raises DitkitError where the file holds a part of a model."""
+        if self.format.part:
+            raise DitkitError(
+                f"{self.path} holds the branch of a {self.format.title} without its base: load both in Python, "
+                "as docs/control.md shows"
+            )
+        return self
+
 
 def read(
     path: str | Path,

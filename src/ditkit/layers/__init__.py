@@ -7,14 +7,11 @@ from .blocks import (
     AdaLNSingleFinal,
     AdaLNZeroBlock,
     CrossBlock,
-    DualBlock,
     Edit,
     FinalLayer,
     GatedCrossBlock,
-    ParallelBlock,
     PlainBlock,
     SandwichBlock,
-    Stream,
     refined,
     visit,
 )
@@ -47,6 +44,7 @@ from .rope import (
     rope_table,
     rotate,
 )
+from .streams import DualBlock, ParallelBlock, Stream
 
 __all__ = [
     "Activation",

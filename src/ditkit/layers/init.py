@@ -13,13 +13,12 @@ from .blocks import (
     AdaLNZeroBlock,
     FinalLayer,
     GatedCrossBlock,
-    ParallelBlock,
     SandwichBlock,
-    Stream,
 )
 from .convolution import AttentionBlock, ResBlock
 from .embeddings import LabelEmbedder, TimestepEmbedder, VectorEmbedder
 from .norms import RMSNorm
+from .streams import ParallelBlock, Stream
 
 __all__ = ["init_adaln_single", "init_adaln_zero", "init_convolutional"]
 

@@ -140,9 +140,12 @@ class Kandinsky5Config:
         return replace(self, in_channels=channels, input_size=(frames, rows, columns))
 
     def example(self, batch: int) -> Conditioning:
-        """As many tokens of text as the authors pad to, and a pooled vector."""
+        """As many tokens of text as the authors pad to, a pooled vector and, where they are taken, channels."""
         values, mask = torch.zeros(batch, EXAMPLE_TEXT, self.text_dim), torch.ones(batch, EXAMPLE_TEXT)
-        return Conditioning(text=Tokens(values, mask > 0), pooled=torch.zeros(batch, self.pooled_dim))
+        channels = torch.zeros(batch, self.in_channels + 1, *self.input_size) if self.given_channels else None
+        return Conditioning(
+            text=Tokens(values, mask > 0), pooled=torch.zeros(batch, self.pooled_dim), channels=channels
+        )
 
     def build(self, seed: int = 0) -> Kandinsky5:
         """The network with initial weights."""

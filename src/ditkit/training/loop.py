@@ -24,7 +24,6 @@ from ..codecs import Codec
 from ..config import DitkitError, NotFinite, differences, to_json
 from ..data import Batch, Dataset, InMemory, Order
 from ..diffusion import Denoiser, Objective
-from ..exchange import Start, begin_from
 from ..interop import transfer
 from ..models import Model
 from ..pipeline import Pipeline
@@ -32,6 +31,7 @@ from ..recipe import Recipe, device_of
 from ..rng import Rng
 from ..runs import Checkpoint, Run, atomic_write
 from ..sheet import rendered, suffix
+from ..start import Start, begin_from
 from .ema import Averages
 from .log import Log
 

@@ -137,7 +137,7 @@ class Ancestral(Once):
             return float(q.variance if self.variance == "posterior" else q.beta) ** 0.5
         if prediction.extra is None:
             raise DitkitError(
-                "nothing predicts a variance (the network has none, or a guide holds x still): set solver.variance to "
+                "the network predicts no variance, or a guide holds x still and asks none: set solver.variance to "
                 "'posterior' or 'beta'"
             )
         low, high = float(q.variance.log()), float(q.beta.log())
