@@ -222,7 +222,12 @@ def test_another_study_preset_or_recipe_is_refused_and_nothing_is_touched(tmp_pa
         compare(study, tmp_path / "mine", quiet=True)
     with pytest.raises(DitkitError, match="no results"):
         write_report(study, tmp_path / "nowhere")
-    (tmp_path / "out" / "results" / "low-0.json").write_text('{"recipe": ')
+    path = tmp_path / "out" / "results" / "low-0.json"
+    older = json.loads(path.read_text())
+    del older["recipe"]["evaluate"]  # a field that came after the results were written
+    path.write_text(json.dumps(older))
+    assert ("low", 0) in read_results(study, tmp_path / "out").found
+    path.write_text('{"recipe": ')
     with pytest.raises(DitkitError, match=r"low-0\.json cannot be read.*delete it"):
         read_results(study, tmp_path / "out")
 

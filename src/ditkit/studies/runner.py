@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import DitkitError, NotFinite, differences, to_json
+from ..config import DitkitError, NotFinite, differences, from_json, to_json
 from ..recipe import Recipe
 from ..report import Listing, Report, Section, Table, number, provenance, write
 from ..runs import Run, atomic_write
@@ -134,9 +134,12 @@ def read_results(study: Study, folder: str | Path) -> Results:
                 continue
             content = _json(path)
             try:
-                recipe, numbers, protocol = content["recipe"], dict(content["numbers"]), dict(content["protocol"])
+                numbers, protocol = dict(content["numbers"]), dict(content["protocol"])
+                recipe = to_json(from_json(content["recipe"], str(path)))  # with fields that are newer than the file
                 samples = _samples(path.with_suffix(".npy")) if content["samples"] else None
                 diverged = str(content.get("diverged", ""))
+            except DitkitError:
+                raise
             except (KeyError, TypeError, ValueError, OSError) as error:
                 raise DitkitError(f"{path} is damaged: {error!r}; delete it to have it made again") from None
             changed = differences(recipe, to_json(replace(cell.recipe, seed=seed)))
