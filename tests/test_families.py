@@ -41,7 +41,23 @@ def test_each_of_them_says_how_far_its_loss_falls() -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_family_trains_stops_goes_on_and_is_sampled(name: str, tmp_path: Path) -> None:
+def test_a_family_trains_and_is_sampled(name: str, tmp_path: Path) -> None:
+    assert train(short(name, 1), tmp_path / "run", quiet=True)
+    pipeline = load(tmp_path / "run")
+    assert sum(p.numel() for p in pipeline.model.parameters()) < 3_000_000
+    weights = {key: value + 0.02 * torch.randn(value.shape) for key, value in pipeline.model.state_dict().items()}
+    pipeline.model.load_state_dict(weights)
+    samples = pipeline.sample("3" if pipeline.classes else None, count=2, steps=2, guidance=1.0)
+    assert len(samples) == 2
+    if pipeline.classes:  # what is asked for comes through
+        assert not torch.equal(samples, pipeline.sample("4", count=2, steps=2, guidance=1.0))
+
+
+# a video, a text with speech and an objective that learns; the others are slow, for the loop is the same
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in ("kandinsky5_tiny", "drax_tiny") else pytest.mark.slow) for n in FAMILIES]
+)
+def test_a_family_that_was_stopped_goes_on_as_if_it_had_not_been(name: str, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train(short(name, 3), whole, quiet=True)
     assert train(short(name, 2), parts, quiet=True)
@@ -52,16 +68,6 @@ def test_a_family_trains_stops_goes_on_and_is_sampled(name: str, tmp_path: Path)
         assert one
         for key, value in one.items():
             assert torch.equal(value, other[key]), key
-    pipeline = load(parts)
-    assert sum(p.numel() for p in pipeline.model.parameters()) < 3_000_000
-    samples = pipeline.sample(count=2, steps=2)
-    assert tuple(samples.shape[1:]) == tuple(pipeline.recipe.data.open().shape)
-    # what is asked for comes through
-    if pipeline.classes:
-        weights = {key: value + 0.02 * torch.randn(value.shape) for key, value in pipeline.model.state_dict().items()}
-        pipeline.model.load_state_dict(weights)
-        three, four = (pipeline.sample(label, count=2, steps=2, guidance=1.0) for label in ("3", "4"))
-        assert not torch.equal(three, four)
 
 
 @pytest.mark.slow

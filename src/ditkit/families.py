@@ -51,9 +51,14 @@ def traits(config: ModelConfig) -> dict[str, str]:
     parts = [part for _, _, block in found.blocks for part in block.walk()]
     with torch.device("meta"):
         example, model = config.example(1), config.build()
-    given = [name for name in ("label", "text", "pooled", "audio", "channels") if getattr(example, name) is not None]
+    given = [
+        name
+        for name in ("label", "text", "pooled", "audio", "channels", "control")
+        if getattr(example, name) is not None
+    ]
     of_heads = [part for part in parts if part.kind == "norm" and re.search(r"[qk]_norm$", part.name)]
     tables = [name for name, _ in model.named_parameters() if re.search(r"pos(_embed|emb|itions?)?$", name)]
+    fixed = ["a table"] if tables else ["sines and cosines"] if "sincos_2d" in used_layers(config) else []
     return {
         "blocks": _some(f"{count} {block.label}" for _, count, block in found.blocks),
         "given": _some(["time", *given, *example.scalars]),
@@ -61,7 +66,7 @@ def traits(config: ModelConfig) -> dict[str, str]:
         "norm": _some(part.label for part in parts if part.kind == "norm" and part not in of_heads),
         "norm of q and k": _some(part.label for part in of_heads),
         "attention": _some(_attention(part.label) for part in parts if part.kind == "attention"),
-        "positions": _some([*(part.label for part in parts if part.kind == "rotation"), *["a table"][: len(tables)]]),
+        "positions": _some([*(part.label for part in parts if part.kind == "rotation"), *fixed]),
         "MLP": _some(said for part in parts if (said := _mlp(part))),
         "meaning": _some(_meanings(config), "ours to choose"),
     }
