@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+WORKERS ?= 2
 
 install: .venv/installed
 
@@ -18,8 +19,9 @@ demo: install
 	$(BIN)/ditkit evaluate runs/demo
 	@echo "Look at runs/demo/samples.png, and open runs/demo/report.html for the numbers and what they mean."
 
+# one thread for each worker: two teams of threads on the same cores wait for each other
 test: install
-	$(BIN)/python -m pytest -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'not slow'
 
 test-all: install
 	$(BIN)/python -m pytest
