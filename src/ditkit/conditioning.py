@@ -31,6 +31,11 @@ class Tokens:
                 f"not {self.mask.dtype} {tuple(self.mask.shape)}"
             )
 
+    @classmethod
+    def zeros(cls, batch: int, length: int, channels: int) -> Tokens:
+        """So many tokens of zeros in each sample, all of them real."""
+        return cls(torch.zeros(batch, length, channels), torch.ones(batch, length, dtype=torch.bool))
+
     def padded(self, length: int) -> Tokens:
         """The same tokens, padded with masked zeros to `length`. Raises ValueError if there are more."""
         extra = length - self.mask.shape[1]

@@ -22,7 +22,7 @@ from ditkit.interop import FORMATS, Z_IMAGE, Z_IMAGE_CONTROL, read, z_image_cont
 from ditkit.interop.table import their_shapes
 from ditkit.models import Control, ControlConfig, ZImageConfig, create_model, model_config
 
-from .against import captions, compare_gradients, random_weights
+from .carried import captions, compare_gradients, random_weights
 from .test_zimage import TINY
 
 DOUBLE = {"control_refiner_layers_places": [0, 1], "add_control_noise_refiner": "control_layers"}

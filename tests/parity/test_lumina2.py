@@ -23,7 +23,7 @@ from ditkit.interop.table import their_shapes
 from ditkit.models import Lumina2, Lumina2Config
 from ditkit.rng import Rng
 
-from .against import captions, compare_gradients, random_weights
+from .carried import captions, compare_gradients, random_weights
 
 TINY: dict[str, Any] = {
     "sample_size": 8, "patch_size": 2, "in_channels": 4, "hidden_size": 48, "num_layers": 3, "num_refiner_layers": 1,

@@ -24,7 +24,7 @@ from ditkit.interop.table import their_shapes
 from ditkit.models import ZImage, ZImageConfig
 from ditkit.rng import Rng
 
-from .against import captions, compare_gradients, random_weights
+from .carried import captions, compare_gradients, random_weights
 
 TINY: dict[str, Any] = {
     "in_channels": 4, "dim": 32, "n_layers": 4, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 12,

@@ -120,7 +120,7 @@ class RandomSpeech:
 
     def null(self, n: int) -> Conditioning:
         """One frame of zeros n times."""
-        return Conditioning(audio=Tokens(torch.zeros(n, 1, self.width), torch.ones(n, 1, dtype=torch.bool)))
+        return Conditioning(audio=Tokens.zeros(n, 1, self.width))
 
     def fitted(self, classes: tuple[str, ...]) -> Self:
         """The same: it knows no classes."""

@@ -10,7 +10,7 @@ from ..config import DitkitError, near
 from ..diffusion import DDPM, Ancestral, Discrete, Meaning, Regression
 from ..diffusion.grid import Respaced
 from ..models import UNetConfig
-from .format import Format, Shapes, option, published, shape
+from .format import Format, Shapes, described, option, published, shape
 from .source import Source
 from .table import Rule
 
@@ -158,7 +158,7 @@ def _refusal(config: UNetConfig, meaning: Meaning) -> str | None:
     if meaning not in (_LINEAR, _COSINE):
         return (
             "an ADM file means eps on a DDPM table of 1000 steps, linear or cosine, with the clock index, and this "
-            f"model was trained as {meaning.prediction} on {meaning.path} with the clock {meaning.clock}"
+            f"model was trained as {described(meaning)}"
         )
     if config.norm_groups != 32:
         return f"guided-diffusion's norms have 32 groups, and this model's have {config.norm_groups}"

@@ -8,6 +8,7 @@ from typing import Any
 from ..config import DitkitError
 from ..diffusion import Meaning
 from ..models import ControlConfig, ZImageConfig
+from .diffusers import VERSION
 from .format import Format, Shapes, block_count, option, published, shape
 from .source import Source
 from .table import Rule
@@ -95,7 +96,7 @@ def z_image_control_settings(config: ControlConfig) -> dict[str, Any]:
     refiner = {"plain": None, "double_pass": "control_layers", "hints": "control_noise_refiner"}[config.refiner]
     return {
         "_class_name": "ZImageControlNetModel",
-        "_diffusers_version": "0.42.1",
+        "_diffusers_version": VERSION,
         "control_layers_places": list(config.places),
         "control_refiner_layers_places": None if refiner is None else list(range(base.refiner_depth)),
         "control_in_dim": config.control_channels,

@@ -16,7 +16,8 @@ from ..diffusion.grid import SiT as SiTGrid
 from ..diffusion.times import Uniform as UniformTimes
 from ..layers import sincos_2d
 from ..models import DiTConfig
-from .format import Format, Shapes, block_count, expect, integer, option, published, settings, shape
+from .diffusers import VERSION
+from .format import Format, Shapes, block_count, described, expect, integer, option, published, settings, shape
 from .source import Source
 from .table import Rule
 
@@ -71,8 +72,11 @@ def _is_release(shapes: Shapes) -> bool:
 
 
 def _not_released(config: DiTConfig, meaning: Meaning, wanted: Meaning, name: str) -> str | None:
-    if _say(meaning) != _say(wanted):
-        return f"a {name} file means {_say(wanted)} to whoever reads it, and this model was trained as {_say(meaning)}"
+    if described(meaning) != described(wanted):
+        return (
+            f"a {name} file means {described(wanted)} to whoever reads it, and this model was trained as "
+            f"{described(meaning)}"
+        )
     if config.conditioning != "adaln_zero":
         return f"the release has adaLN-Zero alone, and this model has the conditioning {config.conditioning}"
     if config.frequency_shift or config.mlp_norm_eps != 1e-6:
@@ -81,10 +85,6 @@ def _not_released(config: DiTConfig, meaning: Meaning, wanted: Meaning, name: st
             f"{config.mlp_norm_eps:g}), and whoever reads a release computes with 0 and 1e-06: use --format diffusers"
         )
     return None
-
-
-def _say(meaning: Meaning) -> str:
-    return f"{meaning.prediction} on {meaning.path} with the clock {meaning.clock}"
 
 
 def _hybrid(config: DiTConfig, meaning: Meaning) -> Regression:
@@ -207,7 +207,7 @@ def _not_diffusers(config: DiTConfig, meaning: Meaning) -> str | None:
     """Why diffusers' DiTPipeline cannot compute this. The frequencies of time are judged by the exporter."""
     path = meaning.path
     if not isinstance(path, DDPM) or meaning.prediction not in _PREDICTIONS.values() or meaning.clock != "index":
-        return f"DiTPipeline knows DDPM tables with eps, x0 or v prediction only, not {_say(meaning)}"
+        return f"DiTPipeline knows DDPM tables with eps, x0 or v prediction only, not {described(meaning)}"
     if path.schedule not in _SCHEDULES.values():
         return f"diffusers has no beta_schedule equal to our {path.schedule}"
     if config.conditioning != "adaln_zero":
@@ -263,12 +263,12 @@ DIFFUSERS = Format(
 
 def diffusers_settings(config: DiTConfig, meaning: Meaning) -> dict[str, dict[str, Any]]:
     """The JSON files of a pipeline's folder, but for the autoencoder's, for what `DIFFUSERS.refusal` lets pass."""
-    path, version = meaning.path, "0.42.1"
+    path = meaning.path
     theirs = {ours: name for name, ours in _PREDICTIONS.items()}
     return {
         "transformer/config.json": {
             "_class_name": "DiTTransformer2DModel",
-            "_diffusers_version": version,
+            "_diffusers_version": VERSION,
             "num_attention_heads": config.num_heads,
             "attention_head_dim": config.hidden_size // config.num_heads,
             "in_channels": config.in_channels,
@@ -285,7 +285,7 @@ def diffusers_settings(config: DiTConfig, meaning: Meaning) -> dict[str, dict[st
         },
         "scheduler/scheduler_config.json": {
             "_class_name": "DDIMScheduler",
-            "_diffusers_version": version,
+            "_diffusers_version": VERSION,
             "num_train_timesteps": path.steps,
             "beta_start": path.beta_first,
             "beta_end": path.beta_last,
@@ -299,7 +299,7 @@ def diffusers_settings(config: DiTConfig, meaning: Meaning) -> dict[str, dict[st
         },
         "model_index.json": {
             "_class_name": "DiTPipeline",
-            "_diffusers_version": version,
+            "_diffusers_version": VERSION,
             "transformer": ["diffusers", "DiTTransformer2DModel"],
             "vae": ["diffusers", "AutoencoderKL"],
             "scheduler": ["diffusers", "DDIMScheduler"],

@@ -10,7 +10,8 @@ from ..diffusion import Euler, Linear, LogitNormal, Meaning, Regression
 from ..diffusion.grid import Flux as Shifted
 from ..diffusion.grid import Uniform
 from ..models import FluxConfig
-from .format import Format, Shapes, block_count, integer, option, settings, shape
+from .diffusers import VERSION, dual_stream, embedder
+from .format import Format, Shapes, block_count, described, expect, integer, option, settings, shape
 from .source import Source
 from .table import Rule
 
@@ -38,7 +39,7 @@ def _refusal(config: FluxConfig, meaning: Meaning, second: bool) -> str | None:
     if meaning != _MEANING:
         return (
             f"whoever reads {name} takes its output for the velocity on the linear path with the clock t, and this "
-            f"model was trained as {meaning.prediction} on {meaning.path} with the clock {meaning.clock}"
+            f"model was trained as {described(meaning)}"
         )
     for field, value in (_SECOND if second else _FIRST).items():
         if (own := getattr(config, field)) != value:
@@ -199,9 +200,8 @@ def _from_diffusers(second: bool) -> Callable[[Source, Shapes, Mapping[str, Any]
         axes = said.get("axes_dims_rope", default)
         if not isinstance(axes, list) or any(type(dim) is not int for dim in axes):
             raise DitkitError(f"transformer/config.json: axes_dims_rope is {axes!r}, not a list of numbers")
-        for name, value in {"rope_theta": 2000, "eps": 1e-6}.items():
-            if second and said.get(name, value) != value:
-                raise DitkitError(f"transformer/config.json: {name} is {said[name]!r}; only {value!r} is FLUX.2")
+        if second:
+            expect(said, {"rope_theta": 2000, "eps": 1e-6}, "FLUX.2")
         return _config(shapes, second, _diffusers_names(second), lambda head: tuple(axes), options.get("input_size"))
 
     return config
@@ -213,7 +213,7 @@ def _to_diffusers(config: FluxConfig, meaning: Meaning) -> dict[str, dict[str, A
     channels = config.in_channels * config.patch_size**2
     said = {
         "_class_name": "Flux2Transformer2DModel" if second else "FluxTransformer2DModel",
-        "_diffusers_version": "0.42.1",
+        "_diffusers_version": VERSION,
         "patch_size": 1,
         "in_channels": channels,
         "out_channels": channels,
@@ -250,13 +250,7 @@ def _diffusers_rules(config: FluxConfig) -> tuple[Rule, ...]:
     """Theirs has q, k and v apart, and scales before it shifts before the output."""
     second, dim = _is_second(config), config.hidden_size
     embed = "time_guidance_embed" if second else "time_text_embed"
-    double, single = "transformer_blocks.#", "single_transformer_blocks.#"
-    mlp = ("w12", "w3", "linear_in", "linear_out") if second else ("fc1", "fc2", "net.0.proj", "net.2")
-    added = ("add_q_proj", "add_k_proj", "add_v_proj")
-    streams = (
-        ("x_block", "norm1", ("to_q", "to_k", "to_v"), "norm_", "to_out.0", "ff"),
-        ("context_block", "norm1_context", added, "norm_added_", "to_add_out", "ff_context"),
-    )
+    single = "single_transformer_blocks.#"
     rules = [
         Rule("img_in.*", ("x_embedder.*",)),
         Rule("txt_in.*", ("context_embedder.*",)),
@@ -264,22 +258,11 @@ def _diffusers_rules(config: FluxConfig) -> tuple[Rule, ...]:
         Rule("final_layer.linear.*", ("proj_out.*",)),
     ]
     for name, theirs in (("time_in", "timestep"), ("vector_in", "text"), ("guidance_in", "guidance")):
-        rules += [
-            Rule(f"{name}.mlp.0.*", (f"{embed}.{theirs}_embedder.linear_1.*",)),
-            Rule(f"{name}.mlp.2.*", (f"{embed}.{theirs}_embedder.linear_2.*",)),
-        ]
+        rules += embedder(name, f"{embed}.{theirs}_embedder")
     for kind in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation"):
         rules.append(Rule(f"{kind}.1.*", (f"{kind}.linear.*",)))
-    for stream, modulation, parts, norm, out, ff in streams:
-        ours = f"double_blocks.#.{stream}"
-        rules += [
-            Rule(f"{ours}.adaLN_modulation.1.*", (f"{double}.{modulation}.linear.*",)),
-            Rule(f"{ours}.attn.qkv.*", tuple(f"{double}.attn.{part}.*" for part in parts)),
-            *(Rule(f"{ours}.attn.{n}_norm.*", (f"{double}.attn.{norm}{n}.*",)) for n in "qk"),
-            Rule(f"{ours}.attn.proj.*", (f"{double}.attn.{out}.*",)),
-            Rule(f"{ours}.mlp.{mlp[0]}.*", (f"{double}.{ff}.{mlp[2]}.*",)),
-            Rule(f"{ours}.mlp.{mlp[1]}.*", (f"{double}.{ff}.{mlp[3]}.*",)),
-        ]
+    mlp = (("w12", "w3"), ("linear_in", "linear_out")) if second else (("fc1", "fc2"), ("net.0.proj", "net.2"))
+    rules += dual_stream("double_blocks.#", "transformer_blocks.#", *mlp)
     rules += [Rule(f"single_blocks.#.{n}_norm.*", (f"{single}.attn.norm_{n}.*",)) for n in "qk"]
     if second:
         return (

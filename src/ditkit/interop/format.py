@@ -24,6 +24,7 @@ __all__ = [
     "Found",
     "Shapes",
     "block_count",
+    "described",
     "expect",
     "fill",
     "integer",
@@ -264,6 +265,11 @@ def meta(config: Any) -> Model:
     """The network without memory."""
     with torch.device("meta"):
         return config.build()
+
+
+def described(meaning: Meaning) -> str:
+    """A meaning in the words of a refusal."""
+    return f"{meaning.prediction} on {meaning.path} with the clock {meaning.clock}"
 
 
 def shape(shapes: Shapes, name: str, dims: int) -> tuple[int, ...]:

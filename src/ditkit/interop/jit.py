@@ -11,7 +11,7 @@ from ..diffusion import Heun, Linear, LogitNormal, Meaning, Regression
 from ..diffusion.grid import Uniform
 from ..models import JiTConfig
 from .dit import side_of, square
-from .format import Format, Shapes, block_count, option, published, shape
+from .format import Format, Shapes, block_count, described, option, published, shape
 from .source import Source
 from .table import Rule
 
@@ -84,7 +84,7 @@ def _refusal(config: JiTConfig, meaning: Meaning) -> str | None:
     if meaning != wanted or not isinstance(meaning.path, Linear):
         return (
             "a JiT file means x0 on a linear path with the clock 1-t to whoever reads it, and this model was trained "
-            f"as {meaning.prediction} on {meaning.path} with the clock {meaning.clock}"
+            f"as {described(meaning)}"
         )
     return None
 

@@ -15,7 +15,8 @@ from ..diffusion import Euler, Linear, LogitNormal, Meaning, Regression
 from ..diffusion.grid import SD3
 from ..layers import Nabla
 from ..models import Kandinsky5Config
-from .format import Format, Shapes, block_count, option, shape
+from .diffusers import VERSION
+from .format import Format, Shapes, block_count, described, option, shape
 from .source import Source
 from .table import Rule
 
@@ -93,7 +94,7 @@ def _refusal(config: Kandinsky5Config, meaning: Meaning) -> str | None:
     if meaning != _MEANING:
         return (
             "a Kandinsky 5 file means velocity on a linear path with the clock 1000t to whoever reads it, and this "
-            f"model was trained as {meaning.prediction} on {meaning.path} with the clock {meaning.clock}"
+            f"model was trained as {described(meaning)}"
         )
     if config.pattern is not None and not (isinstance(config.pattern, Nabla) and config.pattern.tile == (1, 8, 8)):
         return f"Kandinsky 5 knows Nabla with tiles of 1 x 8 x 8 alone, and this model has {config.pattern}"
@@ -138,7 +139,7 @@ def kandinsky5_settings(config: Kandinsky5Config) -> dict[str, Any]:
     pattern = config.pattern
     settings: dict[str, Any] = {
         "_class_name": "Kandinsky5Transformer3DModel",
-        "_diffusers_version": "0.42.1",
+        "_diffusers_version": VERSION,
         "in_visual_dim": config.in_channels,
         "out_visual_dim": config.in_channels,
         "in_text_dim": config.text_dim,

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..config import DitkitError
 from ..diffusion import Euler, Linear, LogitNormal, Meaning, Regression
 from ..diffusion.grid import Flux
 from ..models import Lumina2Config
-from .format import Format, Shapes, block_count, option, published, shape
+from .diffusers import VERSION, embedder
+from .format import Format, Shapes, described, option, published, shape
 from .source import Source
 from .table import Rule
-from .zimage import sandwich_rules
+from .zimage import sandwich_rules, sandwich_sizes
 
 __all__ = ["LUMINA2", "LUMINA2_OFFICIAL", "lumina2_settings"]
 
@@ -39,20 +39,6 @@ def _block_rules(ours: str, theirs: str, modulated: bool) -> tuple[Rule, ...]:
     )
 
 
-def _sizes(shapes: Shapes, features: int, dim: int, q_norm: str) -> dict[str, Any]:
-    """What shapes say in both layouts."""
-    head = shape(shapes, q_norm, 1)[0]
-    if dim % head or features % 4:
-        raise DitkitError(f"x_embedder.weight is {[dim, features]}, which are no heads of {head} and patches of 2 x 2")
-    return {
-        "in_channels": features // 4,
-        "hidden_size": dim,
-        "depth": block_count(shapes, "layers."),
-        "refiner_depth": block_count(shapes, "noise_refiner."),
-        "num_heads": dim // head,
-    }
-
-
 def _known(sizes: Mapping[str, Any]) -> Any:
     return published(Lumina2Config, depth=sizes["depth"], hidden_size=sizes["hidden_size"])
 
@@ -62,8 +48,8 @@ _AXES = "how its heads divide into time, row and column"
 
 def _config(source: Source, shapes: Shapes, options: Mapping[str, Any]) -> Lumina2Config:
     """What shapes say; how a head divides is known for the release, or said by config.json."""
-    dim, features = shape(shapes, "x_embedder.weight", 2)
-    sizes = _sizes(shapes, features, dim, "layers.0.attn.norm_q.weight")
+    sizes = sandwich_sizes(shapes, "x_embedder", "layers.0.attn.norm_q.weight")
+    dim = sizes["hidden_size"]
     said = source.settings()
     axes = said.get("axes_dim_rope", getattr(_known(sizes), "axes", None))
     return Lumina2Config(
@@ -77,8 +63,8 @@ def _config(source: Source, shapes: Shapes, options: Mapping[str, Any]) -> Lumin
 
 
 def _official_config(source: Source, shapes: Shapes, options: Mapping[str, Any]) -> Lumina2Config:
-    dim, features = shape(shapes, "x_embedder.weight", 2)
-    sizes = _sizes(shapes, features, dim, "layers.0.attention.q_norm.weight")
+    sizes = sandwich_sizes(shapes, "x_embedder", "layers.0.attention.q_norm.weight")
+    dim = sizes["hidden_size"]
     keys = (shape(shapes, "layers.0.attention.qkv.weight", 2)[0] - dim) // 2
     return Lumina2Config(
         **sizes,
@@ -93,7 +79,7 @@ def _refusal(config: Lumina2Config, meaning: Meaning) -> str | None:
     if replace(meaning, t_eps=0.0) != _MEANING:
         return (
             "a Lumina-Image 2.0 file means -velocity on a linear path with the clock 1-t to whoever reads it, and this "
-            f"model was trained as {meaning.prediction} on {meaning.path} with the clock {meaning.clock}"
+            f"model was trained as {described(meaning)}"
         )
     if config.patch_size != 2:
         return f"Lumina-Image 2.0 is read with patches of 2 x 2, and this model has {config.patch_size}"
@@ -116,8 +102,7 @@ LUMINA2 = Format(
         *_block_rules("blocks.#", "layers.#", True),
         *_block_rules("noise_refiner.#", "noise_refiner.#", True),
         *_block_rules("context_refiner.#", "context_refiner.#", False),
-        Rule("t_embedder.mlp.0.*", (f"{_TIME}.linear_1.*",)),
-        Rule("t_embedder.mlp.2.*", (f"{_TIME}.linear_2.*",)),
+        *embedder("t_embedder", _TIME),
         Rule("cap_embedder.*", ("time_caption_embed.caption_embedder.*",)),
         Rule("final_layer.adaLN_modulation.1.*", (f"{_FINAL}.linear_1.*",)),
         Rule("final_layer.linear.*", (f"{_FINAL}.linear_2.*",)),
@@ -160,7 +145,7 @@ def lumina2_settings(config: Lumina2Config) -> dict[str, Any]:
     plain = hidden == -(4 * dim // -256) * 256
     return {
         "_class_name": "Lumina2Transformer2DModel",
-        "_diffusers_version": "0.42.1",
+        "_diffusers_version": VERSION,
         "sample_size": max(config.shape[1:]),
         "patch_size": 2,
         "in_channels": config.in_channels,

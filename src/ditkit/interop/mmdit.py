@@ -10,8 +10,9 @@ from ..config import DitkitError
 from ..diffusion import Euler, Linear, LogitNormal, Meaning, Regression
 from ..diffusion.grid import SD3 as Shifted
 from ..models import MMDiTConfig
+from .diffusers import VERSION, dual_stream, embedder, head_count
 from .dit import side_of
-from .format import Format, Shapes, block_count, integer, option, published, settings, shape
+from .format import Format, Shapes, block_count, described, integer, option, published, settings, shape
 from .source import Source
 from .table import Rule
 
@@ -24,8 +25,7 @@ def _refusal(config: MMDiTConfig, meaning: Meaning) -> str | None:
     if meaning != _MEANING:
         return (
             "whoever reads Stable Diffusion 3 takes its output for the velocity on the linear path with the clock "
-            f"1000t, and this model was trained as {meaning.prediction} on {meaning.path} with the clock "
-            f"{meaning.clock}"
+            f"1000t, and this model was trained as {described(meaning)}"
         )
     return None
 
@@ -137,12 +137,7 @@ def _from_diffusers(source: Source, shapes: Shapes, options: Mapping[str, Any]) 
         raise DitkitError(f"transformer/config.json: qk_norm is {norm!r}; supported is 'rms_norm', or none")
 
     def heads(dim: int, depth: int) -> int:
-        number, size = integer(said, "num_attention_heads", 18), integer(said, "attention_head_dim", 64)
-        if number * size != dim:
-            raise DitkitError(
-                f"transformer/config.json: {number} heads of {size} channels are not the {dim} of the weights"
-            )
-        return number
+        return head_count(said, dim, "", (18, 64))
 
     return _config(shapes, _DIFFUSERS, heads, integer(said, "sample_size", 128))
 
@@ -151,7 +146,7 @@ def _to_diffusers(config: MMDiTConfig, meaning: Meaning) -> dict[str, dict[str, 
     """The config.json of an SD3Transformer2DModel."""
     settings = {
         "_class_name": "SD3Transformer2DModel",
-        "_diffusers_version": "0.42.1",
+        "_diffusers_version": VERSION,
         "sample_size": max(config.shape[1:]),
         "patch_size": config.patch_size,
         "in_channels": config.in_channels,
@@ -178,17 +173,6 @@ def _not_diffusers(config: MMDiTConfig, meaning: Meaning) -> str | None:
 def _diffusers_rules(config: MMDiTConfig) -> tuple[Rule, ...]:
     """Theirs scales before it shifts where nothing is gated: before the output, and the text of the last block."""
     ours, theirs, last = "joint_blocks.#", "transformer_blocks.#", config.depth - 1
-    streams = (
-        ("x_block", "norm1", ("to_q", "to_k", "to_v"), "norm_{}", "to_out.0", "ff"),
-        (
-            "context_block",
-            "norm1_context",
-            ("add_q_proj", "add_k_proj", "add_v_proj"),
-            "norm_added_{}",
-            "to_add_out",
-            "ff_context",
-        ),
-    )
     rules = [
         Rule("pos_embed", ("pos_embed.pos_embed",)),
         Rule("x_embedder.proj.*", ("pos_embed.proj.*",)),
@@ -201,22 +185,11 @@ def _diffusers_rules(config: MMDiTConfig) -> tuple[Rule, ...]:
         Rule("final_layer.adaLN_modulation.1.*", ("norm_out.linear.*",), swapped=True),
         Rule("final_layer.linear.*", ("proj_out.*",)),
     ]
-    for name, embedder in (("t_embedder", "timestep_embedder"), ("y_embedder", "text_embedder")):
-        rules += [
-            Rule(f"{name}.mlp.0.*", (f"time_text_embed.{embedder}.linear_1.*",)),
-            Rule(f"{name}.mlp.2.*", (f"time_text_embed.{embedder}.linear_2.*",)),
-        ]
-    for stream, modulation, parts, norm, out, mlp in streams:
-        rules += [
-            Rule(f"{ours}.{stream}.adaLN_modulation.1.*", (f"{theirs}.{modulation}.linear.*",)),
-            Rule(f"{ours}.{stream}.attn.qkv.*", tuple(f"{theirs}.attn.{part}.*" for part in parts)),
-            *(Rule(f"{ours}.{stream}.attn.{n}_norm.*", (f"{theirs}.attn.{norm.format(n)}.*",)) for n in "qk"),
-            Rule(f"{ours}.{stream}.attn.proj.*", (f"{theirs}.attn.{out}.*",)),
-            Rule(f"{ours}.{stream}.mlp.fc1.*", (f"{theirs}.{mlp}.net.0.proj.*",)),
-            Rule(f"{ours}.{stream}.mlp.fc2.*", (f"{theirs}.{mlp}.net.2.*",)),
-        ]
     return (
         *rules,
+        *embedder("t_embedder", "time_text_embed.timestep_embedder"),
+        *embedder("y_embedder", "time_text_embed.text_embedder"),
+        *dual_stream(ours, theirs, ("fc1", "fc2"), ("net.0.proj", "net.2")),
         Rule(f"{ours}.x_block.attn2.qkv.*", tuple(f"{theirs}.attn2.to_{part}.*" for part in "qkv")),
         *(Rule(f"{ours}.x_block.attn2.{n}_norm.*", (f"{theirs}.attn2.norm_{n}.*",)) for n in "qk"),
         Rule(f"{ours}.x_block.attn2.proj.*", (f"{theirs}.attn2.to_out.0.*",)),

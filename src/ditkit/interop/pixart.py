@@ -9,12 +9,13 @@ from ..config import DitkitError
 from ..diffusion import DDPM, Discrete, DPMpp2M, Meaning, Regression
 from ..diffusion.grid import Trailing
 from ..models import PixArtConfig
+from .diffusers import VERSION, embedder, head_count
 from .dit import ddpm_meaning, side_of
-from .format import Format, Shapes, block_count, expect, integer, option, published, settings, shape
+from .format import Format, Shapes, block_count, described, expect, integer, option, published, settings, shape
 from .source import Source
 from .table import Rule
 
-__all__ = ["DIFFUSERS_PIXART", "PIXART", "diffusers_embedder", "diffusers_single", "head_count", "released_single"]
+__all__ = ["DIFFUSERS_PIXART", "PIXART", "diffusers_single", "released_single"]
 
 _MEANING = Meaning(DDPM(), "eps", "index")
 
@@ -26,11 +27,6 @@ def released_single() -> tuple[Rule, ...]:
         *(Rule(f"blocks.#.cross.{name}.*", (f"blocks.#.cross_attn.{name}_linear.*",)) for name in ("q", "kv")),
         Rule("blocks.#.cross.*", ("blocks.#.cross_attn.*",)),
     )
-
-
-def diffusers_embedder(ours: str, theirs: str) -> tuple[Rule, ...]:
-    """An embedder of times or sizes in diffusers' names."""
-    return (Rule(f"{ours}.mlp.0.*", (f"{theirs}.linear_1.*",)), Rule(f"{ours}.mlp.2.*", (f"{theirs}.linear_2.*",)))
 
 
 def diffusers_single() -> tuple[Rule, ...]:
@@ -52,16 +48,6 @@ def diffusers_single() -> tuple[Rule, ...]:
         Rule("final_layer.scale_shift_table", ("scale_shift_table",)),
         Rule("final_layer.linear.*", ("proj_out.*",)),
     )
-
-
-def head_count(said: Mapping[str, Any], dim: int, of: str, default: tuple[int, int]) -> int:
-    """How many `of`attention_heads config.json says; `default`: the class's own, and their size. Raises DitkitError if
-    they are not those of the weights."""
-    heads = integer(said, f"num_{of}attention_heads", default[0])
-    size = integer(said, f"{of}attention_head_dim", default[1])
-    if heads * size != dim:
-        raise DitkitError(f"transformer/config.json: {heads} heads of {size} channels are not the {dim} of the weights")
-    return heads
 
 
 def _config(shapes: Shapes, names: Mapping[str, str], **rest: Any) -> PixArtConfig:
@@ -113,7 +99,7 @@ def _refusal(config: PixArtConfig, meaning: Meaning) -> str | None:
     if meaning != _MEANING:
         return (
             "whoever reads PixArt takes its output for eps on the DDPM table with the clock index, and this model was "
-            f"trained as {meaning.prediction} on {meaning.path} with the clock {meaning.clock}"
+            f"trained as {described(meaning)}"
         )
     return None
 
@@ -189,7 +175,7 @@ def _to_diffusers(config: PixArtConfig, meaning: Meaning) -> dict[str, dict[str,
     dim = config.hidden_size
     said = {
         "_class_name": "PixArtTransformer2DModel",
-        "_diffusers_version": "0.42.1",
+        "_diffusers_version": VERSION,
         **_FIXED,
         "num_attention_heads": config.num_heads,
         "attention_head_dim": dim // config.num_heads,
@@ -222,9 +208,9 @@ DIFFUSERS_PIXART = Format(
     match=lambda shapes: {"adaln_single.linear.weight", "pos_embed.proj.weight", _DIFFUSERS["text"]} <= set(shapes),
     rules=(
         Rule("x_embedder.proj.*", ("pos_embed.proj.*",)),
-        *diffusers_embedder("t_embedder", "adaln_single.emb.timestep_embedder"),
-        *diffusers_embedder("size_embedder", "adaln_single.emb.resolution_embedder"),
-        *diffusers_embedder("ratio_embedder", "adaln_single.emb.aspect_ratio_embedder"),
+        *embedder("t_embedder", "adaln_single.emb.timestep_embedder"),
+        *embedder("size_embedder", "adaln_single.emb.resolution_embedder"),
+        *embedder("ratio_embedder", "adaln_single.emb.aspect_ratio_embedder"),
         Rule("t_block.1.*", ("adaln_single.linear.*",)),
         Rule("blocks.#.mlp.fc1.*", ("transformer_blocks.#.ff.net.0.proj.*",)),
         Rule("blocks.#.mlp.fc2.*", ("transformer_blocks.#.ff.net.2.*",)),

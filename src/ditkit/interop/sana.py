@@ -10,9 +10,10 @@ from ..diffusion import DPMpp2M, Euler, Linear, LogitNormal, Meaning, Regression
 from ..diffusion.grid import SD3 as Shifted
 from ..diffusion.grid import Uniform
 from ..models import SanaConfig
+from .diffusers import VERSION, embedder, head_count
 from .dit import side_of
-from .format import Format, Shapes, block_count, expect, integer, option, published, settings, shape
-from .pixart import diffusers_embedder, diffusers_single, head_count, released_single
+from .format import Format, Shapes, block_count, described, expect, integer, option, published, settings, shape
+from .pixart import diffusers_single, released_single
 from .source import Source
 from .table import Rule
 
@@ -75,7 +76,7 @@ def _refusal(config: SanaConfig, meaning: Meaning) -> str | None:
     if meaning != wanted:
         return (
             f"whoever reads Sana takes its output for the velocity on the linear path with the clock {wanted.clock}, "
-            f"and this model was trained as {meaning.prediction} on {meaning.path} with the clock {meaning.clock}"
+            f"and this model was trained as {described(meaning)}"
         )
     return None
 
@@ -157,7 +158,7 @@ def _to_diffusers(config: SanaConfig, meaning: Meaning) -> dict[str, dict[str, A
     dim = config.hidden_size
     said = {
         "_class_name": "SanaTransformer2DModel",
-        "_diffusers_version": "0.42.1",
+        "_diffusers_version": VERSION,
         **_FIXED,
         "in_channels": config.in_channels,
         "out_channels": config.in_channels,
@@ -190,8 +191,8 @@ def _diffusers_rules(config: SanaConfig) -> tuple[Rule, ...]:
     times = "time_embed" if config.guidance else "time_embed.emb"
     return (
         Rule("x_embedder.proj.*", ("patch_embed.proj.*",)),
-        *diffusers_embedder("t_embedder", f"{times}.timestep_embedder"),
-        *diffusers_embedder("guidance_embedder", "time_embed.guidance_embedder"),
+        *embedder("t_embedder", f"{times}.timestep_embedder"),
+        *embedder("guidance_embedder", "time_embed.guidance_embedder"),
         Rule("t_block.1.*", ("time_embed.linear.*",)),
         Rule("y_norm.*", ("caption_norm.*",)),
         *(

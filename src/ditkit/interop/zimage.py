@@ -10,11 +10,12 @@ from ..config import DitkitError
 from ..diffusion import Euler, Linear, LogitNormal, Meaning, Regression
 from ..diffusion.grid import SD3
 from ..models import ZImageConfig
-from .format import Format, Shapes, block_count, option, published, shape
+from .diffusers import VERSION
+from .format import Format, Shapes, block_count, described, option, published, shape
 from .source import Source
 from .table import Rule
 
-__all__ = ["Z_IMAGE", "Z_IMAGE_COMFY", "sandwich_rules", "z_image_settings"]
+__all__ = ["Z_IMAGE", "Z_IMAGE_COMFY", "sandwich_rules", "sandwich_sizes", "z_image_settings"]
 
 # the output is clean - noise in a time that runs from noise to data; the files do not say it
 _MEANING = Meaning(Linear(), "-velocity", "1-t")
@@ -57,21 +58,28 @@ def _rules(embedder: str, final: str, fused: bool) -> tuple[Rule, ...]:
     )
 
 
-def _config(source: Source, shapes: Shapes, options: Mapping[str, Any], embedder: str, q_norm: str) -> ZImageConfig:
-    """What shapes say; how a head divides is known for the release, or said by config.json."""
+def sandwich_sizes(shapes: Shapes, embedder: str, q_norm: str) -> dict[str, int]:
+    """What shapes say of a stack of sandwich blocks on patches of 2 x 2, by the fields of a configuration."""
     dim, features = shape(shapes, f"{embedder}.weight", 2)
     head = shape(shapes, q_norm, 1)[0]
     if dim % head or features % 4:
         raise DitkitError(f"{embedder}.weight is {[dim, features]}, which are no heads of {head} and patches of 2 x 2")
-    said = source.settings()
-    size = {"depth": block_count(shapes, "layers."), "hidden_size": dim}
-    known = published(ZImageConfig, **size)
+    return {
+        "in_channels": features // 4,
+        "hidden_size": dim,
+        "depth": block_count(shapes, "layers."),
+        "refiner_depth": block_count(shapes, "noise_refiner."),
+        "num_heads": dim // head,
+    }
+
+
+def _config(source: Source, shapes: Shapes, options: Mapping[str, Any], embedder: str, q_norm: str) -> ZImageConfig:
+    """What shapes say; how a head divides is known for the release, or said by config.json."""
+    sizes, said = sandwich_sizes(shapes, embedder, q_norm), source.settings()
+    known = published(ZImageConfig, depth=sizes["depth"], hidden_size=sizes["hidden_size"])
     axes = said.get("axes_dims", getattr(known, "axes", None))
     return ZImageConfig(
-        **size,
-        in_channels=features // 4,
-        refiner_depth=block_count(shapes, "noise_refiner."),
-        num_heads=dim // head,
+        **sizes,
         axes=tuple(option(options, "axes", axes, "how its heads divide into time, row and column")),
         theta=float(said.get("rope_theta", 256.0)),
         norm_eps=float(said.get("norm_eps", 1e-5)),
@@ -84,7 +92,7 @@ def _refusal(config: ZImageConfig, meaning: Meaning) -> str | None:
     if replace(meaning, t_eps=0.0) != _MEANING:
         return (
             "a Z-Image file means -velocity on a linear path with the clock 1-t to whoever reads it, and this model "
-            f"was trained as {meaning.prediction} on {meaning.path} with the clock {meaning.clock}"
+            f"was trained as {described(meaning)}"
         )
     if config.patch_size != 2:
         return f"Z-Image's files have patches of 2 x 2 in their names, and this model has {config.patch_size}"
@@ -136,7 +144,7 @@ def z_image_settings(config: ZImageConfig) -> dict[str, Any]:
     # the table of rotations there ends at axes_lens, and a longer caption is an error
     return {
         "_class_name": "ZImageTransformer2DModel",
-        "_diffusers_version": "0.42.1",
+        "_diffusers_version": VERSION,
         "all_patch_size": [2],
         "all_f_patch_size": [1],
         "in_channels": config.in_channels,

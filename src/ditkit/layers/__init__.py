@@ -12,6 +12,8 @@ from .blocks import (
     GatedCrossBlock,
     PlainBlock,
     SandwichBlock,
+    keys_for,
+    keys_in,
     refined,
     visit,
 )
@@ -104,6 +106,8 @@ __all__ = [
     "init_adaln_zero",
     "init_convolutional",
     "key_mask",
+    "keys_for",
+    "keys_in",
     "layer_norm",
     "modulate",
     "over_heads",

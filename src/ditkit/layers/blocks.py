@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from .attention import CrossAttention
 from .modulation import adaln, modulate, over_tokens
 from .norms import RMSNorm
 from .patterns import Mask
@@ -24,6 +25,8 @@ __all__ = [
     "GatedCrossBlock",
     "PlainBlock",
     "SandwichBlock",
+    "keys_for",
+    "keys_in",
     "refined",
     "visit",
 ]
@@ -159,7 +162,7 @@ class GatedCrossBlock(nn.Module):
         norm1: nn.Module,
         attn: nn.Module,
         norm_cross: nn.Module,
-        cross: nn.Module,
+        cross: CrossAttention,
         norm2: nn.Module,
         mlp: nn.Module,
         norm_tokens: nn.Module | None = None,
@@ -173,7 +176,7 @@ class GatedCrossBlock(nn.Module):
 
     def keys(self, tokens: Float[Tensor, "b m g"]) -> tuple[Float[Tensor, "b h m hd"], Float[Tensor, "b h m hd"]]:
         """Keys and values of the given tokens: the same at every step of a trajectory."""
-        return self.cross.keys(tokens if self.norm_tokens is None else self.norm_tokens(tokens))  # type: ignore[operator]
+        return self.cross.keys(tokens if self.norm_tokens is None else self.norm_tokens(tokens))
 
     def forward(
         self,
@@ -250,19 +253,34 @@ def refined(
     return x
 
 
+def keys_for(blocks: Iterable[nn.Module], tokens: Float[Tensor, "b m g"]) -> dict[str, Tensor]:
+    """Keys and values of given tokens in each block that attends to them, as `prepare` keeps them: see `keys_in`."""
+    kept: dict[str, Tensor] = {}
+    for i, block in enumerate(blocks):
+        kept[f"keys.{i}"], kept[f"values.{i}"] = block.keys(tokens)  # type: ignore[operator]
+    return kept
+
+
+def keys_in(static: Mapping[str, Tensor], i: int) -> tuple[Float[Tensor, "b h m hd"], Float[Tensor, "b h m hd"]]:
+    """Those of block i."""
+    return static[f"keys.{i}"], static[f"values.{i}"]
+
+
 class AdaLNSingleBlock(nn.Module):
     """Self-attention and MLP, modulated and gated by six vectors that all blocks share plus a table of the block's own
     (adaLN-single); between the two, attention to given tokens, without a norm and without a gate (PixArt-alpha, Chen et
     al. 2023, arXiv 2310.00426, section 2.3 and figure 4; Sana)."""
 
-    def __init__(self, dim: int, norm1: nn.Module, attn: nn.Module, cross: nn.Module, norm2: nn.Module, mlp: nn.Module):
+    def __init__(
+        self, dim: int, norm1: nn.Module, attn: nn.Module, cross: CrossAttention, norm2: nn.Module, mlp: nn.Module
+    ):
         super().__init__()
         self.norm1, self.attn, self.cross, self.norm2, self.mlp = norm1, attn, cross, norm2, mlp
         self.scale_shift_table = nn.Parameter(torch.empty(6, dim))
 
     def keys(self, tokens: Float[Tensor, "b m g"]) -> tuple[Float[Tensor, "b h m hd"], Float[Tensor, "b h m hd"]]:
         """Keys and values of the given tokens: the same at every step of a trajectory."""
-        return self.cross.keys(tokens)  # type: ignore[operator]
+        return self.cross.keys(tokens)
 
     def forward(
         self,

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
@@ -36,6 +35,8 @@ from ..layers import (
     axial_angles,
     check_heads_even,
     init_adaln_zero,
+    keys_for,
+    keys_in,
     layer_norm,
     rope_table,
     visit,
@@ -74,8 +75,7 @@ class DraxConfig(TokenConfig):
 
     def example(self, batch: int) -> Conditioning:
         """Audio of the full length."""
-        values = torch.zeros(batch, self.audio_length, self.audio_dim)
-        return Conditioning(audio=Tokens(values, torch.ones(batch, self.audio_length, dtype=torch.bool)))
+        return Conditioning(audio=Tokens.zeros(batch, self.audio_length, self.audio_dim))
 
     def build(self, seed: int = 0) -> Drax:
         """The network with initial weights."""
@@ -128,10 +128,8 @@ class Drax(Model):
 
     def prepare(self, cond: Conditioning, shape: Sequence[int], times: Sequence[float] = ()) -> Conditioning:
         """Keys and values of the audio for every block, the vectors of what is known, and rotations."""
-        static: dict[str, Any] = {}
         audio = self.audio_embedder(_audio(cond, self.config.audio_dim).to(self.x_embedder.weight.dtype))
-        for i, blk in enumerate(self.blocks):
-            static[f"keys.{i}"], static[f"values.{i}"] = blk.keys(audio)  # type: ignore[operator]
+        static = keys_for(self.blocks, audio)
         if cond.known is not None:
             static["known"] = self.known_embedder(cond.known.mask.long())
         positions = torch.arange(shape[1], device=audio.device)
@@ -151,8 +149,7 @@ class Drax(Model):
             h = h + static["known"]
         c = self.t_embedder(t)
         for i, blk in enumerate(self.blocks):
-            given = static[f"keys.{i}"], static[f"values.{i}"]
-            h = visit(edit, f"blocks.{i}", blk, h, c, given, mask, static["rope"][0])
+            h = visit(edit, f"blocks.{i}", blk, h, c, keys_in(static, i), mask, static["rope"][0])
         return self.final_layer(h, c)
 
     def middle(self, width: int, heads: int, rng: Rng) -> DraxMiddle:

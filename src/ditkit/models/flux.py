@@ -106,7 +106,7 @@ class FluxConfig(ImageConfig):
 
     def example(self, batch: int) -> Conditioning:
         """A text of zeros of the authors' length, and a guidance scale."""
-        text = Tokens(torch.zeros(batch, 512, self.text_dim), torch.ones(batch, 512, dtype=torch.bool))
+        text = Tokens.zeros(batch, 512, self.text_dim)
         pooled = torch.zeros(batch, self.pooled_dim) if self.pooled_dim else None
         return Conditioning(text=text, pooled=pooled, scalars={"guidance": torch.zeros(batch)} if self.guidance else {})
 

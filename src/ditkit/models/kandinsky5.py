@@ -141,10 +141,11 @@ class Kandinsky5Config:
 
     def example(self, batch: int) -> Conditioning:
         """As many tokens of text as the authors pad to, a pooled vector and, where they are taken, channels."""
-        values, mask = torch.zeros(batch, EXAMPLE_TEXT, self.text_dim), torch.ones(batch, EXAMPLE_TEXT)
         channels = torch.zeros(batch, self.in_channels + 1, *self.input_size) if self.given_channels else None
         return Conditioning(
-            text=Tokens(values, mask > 0), pooled=torch.zeros(batch, self.pooled_dim), channels=channels
+            text=Tokens.zeros(batch, EXAMPLE_TEXT, self.text_dim),
+            pooled=torch.zeros(batch, self.pooled_dim),
+            channels=channels,
         )
 
     def build(self, seed: int = 0) -> Kandinsky5:

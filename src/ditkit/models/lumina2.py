@@ -85,8 +85,7 @@ class Lumina2Config(ImageConfig):
 
     def example(self, batch: int) -> Conditioning:
         """Captions of zeros, as long as they get."""
-        shape = (batch, self.text_length)
-        return Conditioning(text=Tokens(torch.zeros(*shape, self.text_dim), torch.ones(shape, dtype=torch.bool)))
+        return Conditioning(text=Tokens.zeros(batch, self.text_length, self.text_dim))
 
     def build(self, seed: int = 0) -> Lumina2:
         """The network with initial weights."""

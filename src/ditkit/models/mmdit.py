@@ -84,7 +84,7 @@ class MMDiTConfig(ImageConfig):
 
     def example(self, batch: int) -> Conditioning:
         """A text of zeros, as long as in the paper: 77 tokens of CLIP and 77 of T5."""
-        text = Tokens(torch.zeros(batch, 154, self.text_dim), torch.ones(batch, 154, dtype=torch.bool))
+        text = Tokens.zeros(batch, 154, self.text_dim)
         return Conditioning(text=text, pooled=torch.zeros(batch, self.pooled_dim))
 
     def build(self, seed: int = 0) -> MMDiT:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -34,6 +33,8 @@ from ..layers import (
     TimestepEmbedder,
     adaln,
     init_adaln_single,
+    keys_for,
+    keys_in,
     layer_norm,
     patch_grid,
     sincos_2d,
@@ -77,9 +78,7 @@ class PixArtConfig(ImageConfig):
 
     def example(self, batch: int) -> Conditioning:
         """A caption of the full length, and the sizes where they are seen."""
-        text = Tokens(
-            torch.zeros(batch, self.text_length, self.text_dim), torch.ones(batch, self.text_length, dtype=torch.bool)
-        )
+        text = Tokens.zeros(batch, self.text_length, self.text_dim)
         scalars = {"resolution": torch.zeros(batch, 2), "aspect_ratio": torch.zeros(batch, 1)} if self.sizes else {}
         return Conditioning(text=text, scalars=scalars)
 
@@ -128,10 +127,9 @@ class PixArt(Model):
 
     def prepare(self, cond: Conditioning, shape: Sequence[int], times: Sequence[float] = ()) -> Conditioning:
         """Positions, keys and values of the caption for every block, and the vector of the image's size."""
-        config, static = self.config, dict[str, Any]()
+        config = self.config
         text = self.y_embedder(given_text(cond, config.text_dim).values.to(self.y_embedder.fc1.weight.dtype))
-        for i, blk in enumerate(self.blocks):
-            static[f"keys.{i}"], static[f"values.{i}"] = blk.keys(text)  # type: ignore[operator]
+        static = keys_for(self.blocks, text)
         grid = (shape[-2] // config.patch_size, shape[-1] // config.patch_size)
         rows, columns = (base / (n * config.position_scale) for base, n in zip(config.grid, grid, strict=True))
         positions = sincos_2d(config.hidden_size, grid, text.device, step=(rows, columns)).to(text.dtype)
@@ -161,7 +159,7 @@ class PixArt(Model):
         c = self.t_block(time).unflatten(1, (6, -1))
         h = self.x_embedder(x) + static["positions"]
         for i, blk in enumerate(self.blocks):
-            h = visit(edit, f"blocks.{i}", blk, h, c, (static[f"keys.{i}"], static[f"values.{i}"]), mask)
+            h = visit(edit, f"blocks.{i}", blk, h, c, keys_in(static, i), mask)
         return unpatchify(self.final_layer(h, time), grid, config.patch_size)
 
 

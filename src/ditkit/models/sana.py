@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -36,6 +35,8 @@ from ..layers import (
     TimestepEmbedder,
     adaln,
     init_adaln_single,
+    keys_for,
+    keys_in,
     layer_norm,
     patch_grid,
     unpatchify,
@@ -79,9 +80,7 @@ class SanaConfig(ImageConfig):
 
     def example(self, batch: int) -> Conditioning:
         """A caption of the full length, and the guidance scale where it is seen."""
-        text = Tokens(
-            torch.zeros(batch, self.text_length, self.text_dim), torch.ones(batch, self.text_length, dtype=torch.bool)
-        )
+        text = Tokens.zeros(batch, self.text_length, self.text_dim)
         return Conditioning(text=text, scalars={"guidance": torch.zeros(batch)} if self.guidance else {})
 
     def build(self, seed: int = 0) -> Sana:
@@ -127,11 +126,9 @@ class Sana(Model):
 
     def prepare(self, cond: Conditioning, shape: Sequence[int], times: Sequence[float] = ()) -> Conditioning:
         """Keys and values of the caption for every block, and the vector of the guidance scale."""
-        static = dict[str, Any]()
         text = given_text(cond, self.config.text_dim).values.to(self.y_embedder.fc1.weight.dtype)
         text = self.y_norm(self.y_embedder(text))
-        for i, blk in enumerate(self.blocks):
-            static[f"keys.{i}"], static[f"values.{i}"] = blk.keys(text)  # type: ignore[operator]
+        static = keys_for(self.blocks, text)
         if self.guidance_embedder is not None:
             if "guidance" not in cond.scalars:
                 raise DitkitError('the model sees the guidance scale: give cond.scalars["guidance"] [b]')
@@ -153,8 +150,7 @@ class Sana(Model):
             time = time + static["guidance"]
         c, h = self.t_block(time).unflatten(1, (6, -1)), self.x_embedder(x)
         for i, blk in enumerate(self.blocks):
-            given = static[f"keys.{i}"], static[f"values.{i}"]
-            h = visit(edit, f"blocks.{i}", blk, h, c, given, mask, (rows, columns))
+            h = visit(edit, f"blocks.{i}", blk, h, c, keys_in(static, i), mask, (rows, columns))
         return unpatchify(self.final_layer(h, time), (rows, columns), config.patch_size)
 
 
