@@ -211,26 +211,31 @@ def export_run(
     checkpoint, recipe = find_run(run, ema, ema_std)
     weights, name = checkpoint.chosen(recipe)
     if form == "lora":
-        return _adapters(recipe.model, weights, name, out)
+        return _adapters(recipe.model, recipe.denoiser, weights, name, out)
     config, weights = unadapted(recipe.model, weights)
     recipe = replace(recipe, model=config)
     if form == "official":
         return _official(checkpoint, recipe, weights, name, out)
     if form == "diffusers":
         return _diffusers(recipe, weights, out, approximate)
-    raise DitkitError(f"--format is official or diffusers, not {form!r}")
+    raise DitkitError(f"--format is lora, official or diffusers, not {form!r}")
 
 
-def _adapters(config: Any, weights: dict[str, Tensor], name: str, out: Path) -> list[str]:
+def _able(forms: list[Format], config: Any, meaning: Any) -> Format:
+    """Of several layouts of a family the first that can say this model, or the first, whose refusal says why not."""
+    return next((form for form in forms if form.refusal(config, meaning) is None), forms[0])
+
+
+def _adapters(config: Any, meaning: Any, weights: dict[str, Tensor], name: str, out: Path) -> list[str]:
     """Only the adapters, under diffusers' names where it has this network."""
     if not isinstance(config, LoRAConfig):
         raise DitkitError("this run has no adapters: train it with --lora RANK")
     if out.suffix != ".safetensors":
         raise DitkitError(f"adapters are written as a .safetensors file, not as {out}")
-    forms = [form for form in FORMATS if form.model is type(config.base)]
+    forms = [form for form in FORMATS if isinstance(config.base, form.model)]
     if not forms:
         raise DitkitError(f"no layout is known for a {type(config.base).__name__.removesuffix('Config')}")
-    form = min(forms, key=lambda form: not form.name.startswith("diffusers"))
+    form = _able([form for form in forms if form is DIFFUSERS or form.diffusers] or forms, config.base, meaning)
     tensors = write_adapters(form, config, weights)
     atomic_write(out, lambda path: save_file(tensors, path, {"format": "pt"}))
     return [f"adapters of rank {config.rank}, {name}, as of {form.title}: {len(tensors)} tensors", f"written: {out}"]
@@ -299,9 +304,8 @@ def _diffusers(recipe: Recipe, weights: dict[str, Tensor], out: Path, approximat
     config, meaning, codec = recipe.model, recipe.denoiser, recipe.codec
     if not isinstance(config, DIFFUSERS.model):
         forms = [form for form in FORMATS if form.diffusers and isinstance(config, form.model)]
-        if forms:  # a family may have several networks there; the first that can say it, or whose refusal says why not
-            chosen = next((form for form in forms if form.refusal(config, meaning) is None), forms[0])
-            return _transformer(chosen, recipe, weights, out)
+        if forms:
+            return _transformer(_able(forms, config, meaning), recipe, weights, out)
         raise DitkitError(
             f"diffusers has no pipeline for a {type(config).__name__.removesuffix('Config')}: use --format official"
         )
