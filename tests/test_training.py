@@ -18,13 +18,14 @@ import torch
 
 from ditkit.config import DitkitError
 from ditkit.data import Digits
-from ditkit.diffusion import DDPM, Ancestral, Discrete, LogitNormal, LogVariance, Meaning, Regression
+from ditkit.diffusion import DDPM, Ancestral, Discrete, Jumps, LogitNormal, LogVariance, Meaning, Regression
 from ditkit.diffusion.grid import SD3
 from ditkit.diffusion.grid import SiT as SiTGrid
-from ditkit.models import DiTConfig
+from ditkit.models import DDiTConfig, DiTConfig
 from ditkit.pipeline import load
 from ditkit.recipe import Recipe, Sample
-from ditkit.runs import Run
+from ditkit.recipes import captions
+from ditkit.runs import FORMAT, Run
 from ditkit.training import WALL_CLOCK, Trainer, train
 
 from .conftest import TINY_FLAGS
@@ -348,3 +349,42 @@ def test_the_state_of_a_checkpoint_is_json_with_the_recipe(tiny: Recipe, tmp_pat
     assert newest.recipe == Run(tmp_path / "run").recipe()
     assert newest.emas == (0.9, 0.99)
     assert json.loads((newest.folder / "state.json").read_text())["step"] == 6
+
+
+def _written(path: Path, **changes: Any) -> None:
+    """state.json with other entries; None takes one away."""
+    state = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in state.items() if value is not None}))
+
+
+def test_checkpoints_say_their_format(tiny: Recipe, tmp_path: Path) -> None:
+    """Those without one still load, but for a DDiT, whose rotations have changed; those of a newer one do not."""
+    train(tiny, tmp_path / "images", quiet=True)
+    texts = replace(
+        captions(),
+        model=DDiTConfig(length=32, hidden_size=16, depth=1, num_heads=2, cond_dim=8),
+        train=replace(captions().train, steps=1, batch=4, sample_every=0),
+        sample=Sample(steps=2, solver=Jumps(), batch=2),
+    )
+    train(texts, tmp_path / "texts", quiet=True)
+    states = {}
+    for name in ("images", "texts"):
+        newest = Run(tmp_path / name).newest()
+        assert newest is not None
+        states[name] = newest.folder / "state.json"
+        assert newest.state["format"] == FORMAT
+        load(tmp_path / name)
+    for path in states.values():
+        _written(path, format=None)
+    load(tmp_path / "images")
+    with pytest.raises(DitkitError, match=r"is a ddit of an older ditkit: its rotations .*; train it again") as old:
+        load(tmp_path / "texts")
+    assert "\n" not in str(old.value)
+    with pytest.raises(DitkitError, match="of an older ditkit"):
+        train(replace(texts, train=replace(texts.train, steps=2)), tmp_path / "texts", quiet=True)
+    _written(states["images"], format=FORMAT + 1)
+    with pytest.raises(DitkitError, match=f"format {FORMAT + 1} of a newer ditkit"):
+        load(tmp_path / "images")
+    _written(states["images"], format="new")
+    with pytest.raises(DitkitError, match=r"is not a checkpoint: state\.json"):
+        load(tmp_path / "images")

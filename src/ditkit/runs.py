@@ -37,6 +37,12 @@ from .recipe import Recipe
 __all__ = ["Checkpoint", "Run", "atomic_write", "find_checkpoint", "find_run"]
 
 _TEMPORARY = ".writing-"
+FORMAT = 2
+"""The number of what a checkpoint holds and how; 1 = those that have none."""
+_CHANGED = {
+    "model/ddit": (2, "58941a0", "its rotations turned neighbouring channels, and now they turn the halves of a head"),
+}
+"""Networks that compute something else with the same weights since a format; the commit, and what it changed."""
 LARGEST_RESIDUAL = 0.1
 """The largest share of a profile that may be missing from a combination of others."""
 
@@ -89,14 +95,24 @@ class Checkpoint:
     """One complete checkpoint. Tensors are read when asked for, and checked against the hash in state.json."""
 
     def __init__(self, folder: Path):
-        """Raises DitkitError for a folder that is no checkpoint, or whose files are missing or truncated."""
+        """Raises DitkitError for no checkpoint, one of another ditkit, and files that are missing or truncated."""
         self.folder = folder
         try:
             self.state: dict[str, Any] = json.loads((folder / "state.json").read_text())
             files = {str(name): (int(size), str(digest)) for name, (size, digest) in self.state["files"].items()}
             self.step, self.log = int(self.state["step"]), dict(self.state["log"])
+            model = self.state["recipe"]["model"]
+            kind, written = str(model.get("base", model)["type"]), int(self.state.get("format", 1))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DitkitError(f"{folder} is not a checkpoint: state.json: {_reason(error)}") from None
+        if written > FORMAT:
+            raise DitkitError(f"{folder} is of the format {written} of a newer ditkit, and this one knows {FORMAT}")
+        since, commit, why = _CHANGED.get(kind, (0, "", ""))
+        if written < since:
+            raise DitkitError(
+                f"{folder} is a {kind.removeprefix('model/')} of an older ditkit: {why}; train it again (if it was "
+                f'trained since commit {commit}, write "format": {since} into its state.json)'
+            )
         for name, (size, _) in files.items():
             path = folder / name
             actual = path.stat().st_size if path.exists() else None
@@ -295,7 +311,7 @@ class Run:
                 save_file({key: value.detach().contiguous() for key, value in tensors.items()}, path)
                 _sync(path)
                 files[path.name] = (path.stat().st_size, _sha256(path))
-            content = {"step": step, "files": files, **state, "recipe": recipe}
+            content = {"format": FORMAT, "step": step, "files": files, **state, "recipe": recipe}
             atomic_write(temporary / "state.json", json.dumps(content, indent=1) + "\n")
             _sync(temporary)
             temporary.rename(final)
