@@ -21,6 +21,7 @@ from .conditioning import Conditioning
 from .config import DitkitError, to_json
 from .data import Elsewhere
 from .diffusion import Linear, Meaning
+from .files import atomic_write
 from .interop import (
     ADM,
     DIFFUSERS,
@@ -39,7 +40,7 @@ from .interop import (
 )
 from .models import LoRAConfig, Model, UNetConfig, unadapted
 from .recipe import Recipe, Sample, Train
-from .runs import Checkpoint, Run, atomic_write, find_run
+from .runs import Checkpoint, Run, find_run
 
 __all__ = ["export_run", "import_file"]
 

@@ -12,11 +12,11 @@ import torch
 
 from .anatomy import Part, anatomy, drawing, used_layers
 from .config import lookup, names
+from .files import atomic_write
 from .interop import FORMATS
 from .interop.source import Source
 from .models import ModelConfig
 from .report import drawn
-from .runs import atomic_write
 
 __all__ = ["families", "markdown", "traits", "write_page"]
 

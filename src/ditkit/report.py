@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .config import DitkitError
-from .runs import atomic_write
+from .files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,11 +12,10 @@ report.html, report.json, ...   what `ditkit evaluate` writes
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,11 +31,11 @@ from torch import Tensor
 
 from .averaging import reconstruction, std_name
 from .config import DitkitError
+from .files import TEMPORARY, atomic_write, reason, sha256, sync
 from .recipe import Recipe
 
-__all__ = ["Checkpoint", "Run", "atomic_write", "find_checkpoint", "find_run"]
+__all__ = ["Checkpoint", "Run", "find_checkpoint", "find_run"]
 
-_TEMPORARY = ".writing-"
 FORMAT = 2
 """The number of what a checkpoint holds and how; 1 = those that have none."""
 _CHANGED = {
@@ -45,50 +44,6 @@ _CHANGED = {
 """Networks that compute something else with the same weights since a format; the commit, and what it changed."""
 LARGEST_RESIDUAL = 0.1
 """The largest share of a profile that may be missing from a combination of others."""
-
-
-def _sync(path: Path) -> None:
-    """Make a file, or the names in a folder, survive a crash of the machine."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _reason(error: BaseException) -> str:
-    return getattr(error, "strerror", None) or str(error)
-
-
-def atomic_write(path: Path, content: str | bytes | Callable[[Path], Any]) -> None:
-    """Write under a temporary name, fsync, rename: `path` holds the old content or the new, never a part.
-
-    content: what a file is to hold, or a function that makes the file, or the folder, at the path it is given. Raises
-    DitkitError if it cannot be written; the old file then stays, and nothing half-written.
-    """
-    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if callable(content):
-            content(temporary)
-        else:
-            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        for file in (*temporary.rglob("*"), temporary):
-            _sync(file)
-        temporary.replace(path)
-        _sync(path.parent)
-    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, as Python, torch and safetensors say it
-        raise DitkitError(f"cannot write {path}: {_reason(error)}") from None
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 class Checkpoint:
@@ -104,7 +59,7 @@ class Checkpoint:
             model = self.state["recipe"]["model"]
             kind, written = str(model.get("base", model)["type"]), int(self.state.get("format", 1))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DitkitError(f"{folder} is not a checkpoint: state.json: {_reason(error)}") from None
+            raise DitkitError(f"{folder} is not a checkpoint: state.json: {reason(error)}") from None
         if written > FORMAT:
             raise DitkitError(f"{folder} is of the format {written} of a newer ditkit, and this one knows {FORMAT}")
         since, commit, why = _CHANGED.get(kind, (0, "", ""))
@@ -192,7 +147,7 @@ class Checkpoint:
         path = self.folder / f"{name}.safetensors"
         if path.name not in self.state["files"]:
             raise DitkitError(f"the checkpoint {self.folder} holds no {path.name}")
-        if _sha256(path) != self.state["files"][path.name][1]:
+        if sha256(path) != self.state["files"][path.name][1]:
             raise DitkitError(
                 f"the checkpoint {self.folder} is damaged: {path.name} does not have the content that was written; "
                 "delete it to use an older one"
@@ -200,7 +155,7 @@ class Checkpoint:
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
-            raise DitkitError(f"cannot read {path}: {_reason(error)}") from None
+            raise DitkitError(f"cannot read {path}: {reason(error)}") from None
 
 
 class Run:
@@ -221,7 +176,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             file = path.open("w")
         except OSError as error:
-            raise DitkitError(f"cannot write {path}: {_reason(error)}") from None
+            raise DitkitError(f"cannot write {path}: {reason(error)}") from None
         with file:
             if fcntl is not None:
                 try:
@@ -236,7 +191,7 @@ class Run:
             return []
         if not self.folder.is_dir():
             return [self.folder.name]
-        return [p.name for p in self.folder.iterdir() if p.name != ".lock" and not p.name.startswith(_TEMPORARY)]
+        return [p.name for p in self.folder.iterdir() if p.name != ".lock" and not p.name.startswith(TEMPORARY)]
 
     def exists(self) -> bool:
         """Whether the folder holds a run."""
@@ -248,7 +203,7 @@ class Run:
         try:
             return Recipe.from_json(path.read_text(), str(path))
         except (OSError, UnicodeDecodeError) as error:
-            raise DitkitError(f"{self.folder} is not a run: {path.name}: {_reason(error)}") from None
+            raise DitkitError(f"{self.folder} is not a run: {path.name}: {reason(error)}") from None
 
     def begin(self, recipe: Recipe) -> None:
         """Make the folder and write the recipe; leftovers of a crash are removed."""
@@ -269,10 +224,10 @@ class Run:
         try:
             return dict(json.loads(path.read_text())) if path.exists() else {}
         except (OSError, ValueError, TypeError) as error:
-            raise DitkitError(f"{path} is damaged: {_reason(error)}") from None
+            raise DitkitError(f"{path} is damaged: {reason(error)}") from None
 
     def _leftovers(self, where: str) -> list[Path]:
-        return list((self.folder / where).glob(f"{_TEMPORARY}*"))
+        return list((self.folder / where).glob(f"{TEMPORARY}*"))
 
     def checkpoints(self) -> list[Path]:
         """Folders of finished checkpoints, oldest first."""
@@ -302,26 +257,26 @@ class Run:
         final = self.folder / where / f"step-{step:08d}"
         if final.exists():
             return final
-        temporary = final.with_name(f"{_TEMPORARY}{os.getpid()}-{final.name}")
+        temporary = final.with_name(f"{TEMPORARY}{os.getpid()}-{final.name}")
         try:
             temporary.mkdir(parents=True)
             files = {}
             for name, tensors in groups.items():
                 path = temporary / f"{name}.safetensors"
                 save_file({key: value.detach().contiguous() for key, value in tensors.items()}, path)
-                _sync(path)
-                files[path.name] = (path.stat().st_size, _sha256(path))
+                sync(path)
+                files[path.name] = (path.stat().st_size, sha256(path))
             content = {"format": FORMAT, "step": step, "files": files, **state, "recipe": recipe}
             atomic_write(temporary / "state.json", json.dumps(content, indent=1) + "\n")
-            _sync(temporary)
+            sync(temporary)
             temporary.rename(final)
-            _sync(final.parent)
+            sync(final.parent)
         except (OSError, SafetensorError, DitkitError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             older = self.checkpoints()
             kept = f"the last good checkpoint is {older[-1]}" if older else "there is no earlier checkpoint"
             raise DitkitError(
-                f"cannot write the checkpoint of step {step} in {final.parent}: {_reason(error)}; {kept}"
+                f"cannot write the checkpoint of step {step} in {final.parent}: {reason(error)}; {kept}"
             ) from None
         return final
 
@@ -362,7 +317,7 @@ def step_of(folder: Path) -> int:
 def _remove(folders: Iterable[Path]) -> None:
     """Each folder loses its name first, so that it is never half there."""
     for folder in folders:
-        doomed = folder.with_name(f"{_TEMPORARY}{folder.name}")
+        doomed = folder.with_name(f"{TEMPORARY}{folder.name}")
         folder.rename(doomed)
         shutil.rmtree(doomed)
 

@@ -54,9 +54,9 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
 def draw(found: Sequence[str], out: Path) -> int:
     """Write the picture of a model's blocks. Raises DitkitError if more than one model matches."""
     from ..anatomy import anatomy, drawing
+    from ..files import atomic_write
     from ..models import model_config
     from ..report import drawn
-    from ..runs import atomic_write
 
     if len(found) > 1:
         raise DitkitError(f"--draw is for one model, and {len(found)} match: {', '.join(found[:3])}, ...")

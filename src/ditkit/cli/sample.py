@@ -70,8 +70,8 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     import torch
     from tqdm import tqdm
 
+    from ..files import atomic_write
     from ..pipeline import load
-    from ..runs import atomic_write
     from ..sheet import rendered, suffix
 
     pipeline = load(args.run, ema=args.ema, ema_std=args.ema_std, device=args.device, dtype=args.dtype)

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from ..config import DitkitError, NotFinite, differences, from_json, to_json
+from ..files import atomic_write
 from ..recipe import Recipe
 from ..report import Listing, Report, Section, Table, number, provenance, write
-from ..runs import Run, atomic_write
+from ..runs import Run
 from ..sheet import rendered
 from ..training import train
 from .study import Cell, Finding, Results, Study, common

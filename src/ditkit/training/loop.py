@@ -24,12 +24,13 @@ from ..codecs import Codec
 from ..config import DitkitError, NotFinite, differences, to_json
 from ..data import Batch, Dataset, InMemory, Order
 from ..diffusion import Denoiser, Objective
+from ..files import atomic_write
 from ..interop import transfer
 from ..models import Model
 from ..pipeline import Pipeline
 from ..recipe import Recipe, device_of
 from ..rng import Rng
-from ..runs import Checkpoint, Run, atomic_write
+from ..runs import Checkpoint, Run
 from ..sheet import rendered, suffix
 from ..start import Start, begin_from
 from .ema import Averages
