@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from ditkit.recipe import Evaluate, Recipe, Sample, Train
 from ditkit.recipes import digits
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("DITKIT_CACHE", str(Path(tempfile.gettempdir()) / "ditkit-tests"))  # nothing in a home folder
 
 TINY = JiTConfig(
     patch_size=7, hidden_size=32, depth=2, num_heads=2, bottleneck_dim=8, in_context_len=2, in_context_start=1

