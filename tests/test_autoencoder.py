@@ -37,7 +37,8 @@ def images() -> torch.Tensor:
 def test_it_is_a_codec_and_survives_json(codec: Autoencoder) -> None:
     assert isinstance(codec, Codec)
     assert from_json(json.loads(json.dumps(to_json(codec)))) == codec
-    assert codec.fitted("") == codec
+    assert codec.state() == {}
+    assert codec.loaded({}) == codec
     assert codec.vocab == 0
 
 

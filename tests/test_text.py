@@ -16,7 +16,7 @@ from PIL import Image
 import ditkit.data.captions as module
 from ditkit.codecs import Characters, Codec, Pixels, Vectors
 from ditkit.config import DitkitError, from_json, to_json
-from ditkit.data import Captions, points, strings
+from ditkit.data import Captions, Dataset, InMemory, points, strings
 from ditkit.diffusion import Euler, Jumps
 from ditkit.models import DDiTConfig
 from ditkit.pipeline import load
@@ -74,8 +74,13 @@ def test_another_file_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         Captions().open()
 
 
+def text_data(symbols: str) -> Dataset:
+    nothing = InMemory(torch.empty(0, 4, dtype=torch.int64), None, torch.arange(0))
+    return Dataset("texts", (), (4,), nothing, nothing, "made up", symbols)
+
+
 def test_characters_to_tokens_and_back() -> None:
-    codec = Characters().fitted("ca’b")
+    codec = Characters().fitted(text_data("ca’b"))
     assert isinstance(codec, Codec)
     assert codec.vocab == 5
     data = points(["cab", "’"], 4)
@@ -86,7 +91,7 @@ def test_characters_to_tokens_and_back() -> None:
     with pytest.raises(DitkitError, match="'x' is none of those"):
         codec.encode(points(["ax"], 3))
     with pytest.raises(DitkitError, match="the data holds none"):
-        Characters().fitted("")
+        Characters().fitted(text_data(""))
     with pytest.raises(DitkitError, match="different characters"):
         Characters("aa")
 

@@ -2,6 +2,9 @@
 
 Every configuration is a frozen dataclass registered as `kind/name` ("model/dit"). Its JSON is a plain object with
 that name under "type": a file names registry entries, never import paths, so reading one runs no foreign code.
+
+What a configuration learns of data is a field made by `learned()`. It is no part of what the configuration says: not of
+its JSON, its equality or its options, and is stored as tensors beside the weights.
 """
 
 from __future__ import annotations
@@ -17,12 +20,14 @@ __all__ = [
     "NotFinite",
     "differences",
     "from_json",
+    "learned",
     "lookup",
     "names",
     "near",
     "register",
     "register_name",
     "registered_as",
+    "said",
     "to_json",
 ]
 
@@ -97,11 +102,21 @@ def registered_as(config: Any) -> tuple[str, str]:
     return kind, name
 
 
+def learned() -> Any:
+    """A field of a frozen configuration for what it learned of data, tensors by name; None before it has."""
+    return dataclasses.field(default=None, repr=False, compare=False, metadata={"learned": True})
+
+
+def said(config: Any) -> list[dataclasses.Field[Any]]:
+    """The fields of a configuration or its class, without what it learned."""
+    return [f for f in dataclasses.fields(config) if not f.metadata.get("learned")]
+
+
 def to_json(value: Any) -> Any:
-    """A configuration as JSON values; the inverse of `from_json`."""
+    """A configuration as JSON values, without what it learned; the inverse of `from_json`."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         kind, name = registered_as(value)
-        fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = {f.name: to_json(getattr(value, f.name)) for f in said(value)}
         return {"type": f"{kind}/{name}", **fields}
     if isinstance(value, tuple):
         return [to_json(v) for v in value]
@@ -142,7 +157,7 @@ def from_json(value: Any, where: str = "configuration") -> Any:
     cls = lookup(kind, name)
     if not isinstance(cls, type):
         raise DitkitError(f"{where}: {kind}/{name} is a name, not a type with fields")
-    known = {f.name for f in dataclasses.fields(cls)}
+    known = {f.name for f in said(cls)}
     hints = get_type_hints(cls)
     fields = {}
     for key, raw in value.items():

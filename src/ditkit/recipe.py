@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import encoders, models  # noqa: F401  the registry must know all of them before a recipe is read
 from .averaging import decay_name, exponent, std_name
@@ -243,12 +245,13 @@ class Recipe:
                 if kind != kinds.get(field.name, field.name):
                     raise DitkitError(f"{field.name} cannot be a {kind}")
 
-    def fitted(self, data: Dataset) -> Recipe:
+    def fitted(self, data: Dataset, learned: Mapping[str, Tensor] | None = None) -> Recipe:
         """The recipe for this data: each part takes its shape, classes or symbols from it.
 
-        Raises DitkitError for parts that do not go together.
+        learned: what the codec has learned already, and does not learn anew. Raises DitkitError for parts that do not
+        go together.
         """
-        codec = self.codec.fitted(data.symbols)
+        codec = (self.codec.loaded(learned) if learned else self.codec).fitted(data)
         shape = codec.shape(data.shape)
         denoiser = self.denoiser.fitted(codec.vocab)
         model = self.model.fitted(shape, len(data.classes), denoiser.vocab)

@@ -3,7 +3,8 @@
 recipe.json                     the recipe, fitted to the data
 init.json                       the weights it began with, if any, and what became of each tensor
 log.jsonl                       one row per `log_every` steps
-checkpoints/step-00001000/      model, averages, optimizer .safetensors, state.json with their sizes and hashes
+checkpoints/step-00001000/      model, averages, optimizer .safetensors, codec .safetensors where it learned something,
+                                state.json with their sizes and hashes
 snapshots/step-00001000/        power-function averages, from which those of other lengths are made; never pruned
 samples/step-00001000.png       sample sheets
 report.html, report.json, ...   what `ditkit evaluate` writes
@@ -30,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .averaging import reconstruction, std_name
-from .config import DitkitError
+from .config import DitkitError, registered_as
 from .files import TEMPORARY, atomic_write, reason, sha256, sync
 from .recipe import Recipe
 
@@ -77,8 +78,19 @@ class Checkpoint:
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe as it was when the checkpoint was written."""
-        return Recipe.from_json(json.dumps(self.state["recipe"]), f"{self.folder / 'state.json'}")
+        """The recipe as it was when the checkpoint was written, the codec with what it had learned."""
+        recipe = Recipe.from_json(json.dumps(self.state["recipe"]), f"{self.folder / 'state.json'}")
+        learned = self.learned(recipe.codec)
+        try:
+            return replace(recipe, codec=recipe.codec.loaded(learned)) if learned else recipe
+        except DitkitError as error:
+            raise DitkitError(f"the checkpoint {self.folder} is damaged: its codec: {error}") from None
+
+    def learned(self, codec: Any) -> dict[str, Tensor]:
+        """What the codec of this name has learned; empty if it learns nothing, or if the checkpoint has another."""
+        if "codec" not in self.groups or self.state["recipe"]["codec"]["type"] != "/".join(registered_as(codec)):
+            return {}
+        return self.tensors("codec")
 
     @property
     def emas(self) -> tuple[float, ...]:
@@ -143,7 +155,7 @@ class Checkpoint:
         return self.tensors(name), name
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of "model", "ema-0.9999", "ema-std-0.05" or "optimizer". Raises DitkitError for corrupt files."""
+        """The tensors of "model", "ema-0.9999", "optimizer" or "codec". Raises DitkitError for corrupt files."""
         path = self.folder / f"{name}.safetensors"
         if path.name not in self.state["files"]:
             raise DitkitError(f"the checkpoint {self.folder} holds no {path.name}")

@@ -19,12 +19,14 @@ __all__ = ["Start", "begin_from"]
 
 @dataclass(frozen=True)
 class Start:
-    """Weights to begin with: where they come from, the configuration they are of, and what their output means."""
+    """Weights to begin with: where they come from, the configuration they are of, what their output means, and of a run
+    the codec of its samples."""
 
     origin: str
     config: Any
     denoiser: Any
     weights: Mapping[str, Tensor]
+    codec: Any = None
 
 
 def begin_from(path: str | Path, recipe: Recipe) -> Start:
@@ -37,7 +39,7 @@ def begin_from(path: str | Path, recipe: Recipe) -> Start:
         checkpoint, before = find_run(folder)
         weights, name = checkpoint.chosen(before)
         config, weights = unadapted(before.model, weights)
-        return Start(f"{name} of {checkpoint.folder}", config, before.denoiser, weights)
+        return Start(f"{name} of {checkpoint.folder}", config, before.denoiser, weights, before.codec)
     asked = ("num_heads", "in_context_start", "num_head_channels", "use_new_attention_order")
     options = {key: getattr(recipe.model, key) for key in asked if hasattr(recipe.model, key)}
     found = read(path, FORMATS, options=options).whole()

@@ -8,9 +8,36 @@ import json
 from collections.abc import Sequence
 from typing import Any, get_origin, get_type_hints
 
-from ..config import DitkitError, from_json, lookup, names, near
+from ..config import DitkitError, from_json, lookup, names, near, said
 
-__all__ = ["guidance_arguments", "guidance_settings", "read"]
+__all__ = ["guidance_arguments", "guidance_settings", "named", "read"]
+
+
+def named(kind: str, text: str) -> Any:
+    """The configuration that NAME or NAME:VALUE describes; VALUE is the field that its class calls `positional`.
+
+    Raises DitkitError for an unknown name, a value that does not fit, and a name that needs more.
+    """
+    name, colon, value = text.partition(":")
+    cls = lookup(kind, name)
+    field: str = getattr(cls, "positional", "")
+    if colon and not field:
+        raise DitkitError(f"the {kind} {name} takes no value: write {name} instead of {text}")
+    if colon and not value:
+        raise DitkitError(f"the {kind} {name} needs its {field}: write {name}:{field.upper()}")
+    fields = {}
+    if colon:
+        fields[field] = value if get_type_hints(cls)[field] is str else _value(value)
+    missing = [f.name for f in said(cls) if f.name not in fields and _required(f)]
+    if missing == [field]:
+        raise DitkitError(f"the {kind} {name} needs its {field}: write {name}:{field.upper()}")
+    if missing:
+        raise DitkitError(f"{kind} {name!r} needs more than its name (images: train folder:PATH)")
+    return from_json({"type": f"{kind}/{name}", **fields}, "the command line")
+
+
+def _required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def read(kind: str, words: Sequence[str]) -> tuple[Any, ...]:
@@ -26,15 +53,15 @@ def read(kind: str, words: Sequence[str]) -> tuple[Any, ...]:
             raise DitkitError(f"{word} belongs to no {kind}: name one before it ({', '.join(names(kind))})")
         else:
             name, fields = found[-1]
-            known = [f.name for f in dataclasses.fields(lookup(kind, name))]
+            known = [f.name for f in said(lookup(kind, name))]
             if field not in known:
                 raise DitkitError(f"the {kind} {name} has no field {field!r}: {near(field, known)}")
             parts = [_value(part) for part in text.split(",")]
             several = get_origin(get_type_hints(lookup(kind, name))[field]) is tuple or len(parts) > 1
             fields[field] = parts if several else parts[0]
     for name, fields in found:
-        for field in dataclasses.fields(lookup(kind, name)):
-            if field.default is dataclasses.MISSING and field.name not in fields:
+        for field in said(lookup(kind, name)):
+            if _required(field) and field.name not in fields:
                 raise DitkitError(f"the {kind} {name} needs a {field.name}, as in: {name} {field.name}=2")
     return from_json([{"type": f"{kind}/{name}", **fields} for name, fields in found], "the command line")
 

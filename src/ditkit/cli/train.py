@@ -6,12 +6,13 @@ import argparse
 import contextlib
 import io
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import DitkitError
-from .configs import read
+from .configs import named, read
 
 if TYPE_CHECKING:
     from ..recipe import Recipe
@@ -96,8 +97,8 @@ def override(recipe: Recipe, words: Sequence[str], prog: str) -> Recipe:
     """The recipe with options from the command line. Raises DitkitError, in one line, for wrong ones."""
     import tyro
 
-    words = list(words)
-    recipe = _choose(_guides(recipe, words), words)
+    given, words = list(words), list(words)
+    before, recipe = recipe, _choose(_guides(recipe, words), words)
     for word in words:
         if word.split("=")[0].replace("_", "-") in FROM_DATA:
             raise DitkitError(f"{word} follows from the data and cannot be set; --data.resolution sets the size")
@@ -110,11 +111,38 @@ def override(recipe: Recipe, words: Sequence[str], prog: str) -> Recipe:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(type(recipe), default=recipe, args=words, prog=prog)
+            # what a configuration learned is no option
+            config = (tyro.conf.SuppressFixed,)
+            recipe = tyro.cli(type(recipe), default=recipe, args=words, prog=prog, config=config)
     except SystemExit as stop:
         if not stop.code:
             raise
         raise DitkitError(_one_line(said.getvalue())) from None
+    return recipe if _says(given, "--model", "--model.patch-size") else _same_patches(before, recipe)
+
+
+def _says(words: Sequence[str], *options: str) -> bool:
+    return any(word.partition("=")[0].replace("_", "-") in options for word in words)
+
+
+def _same_patches(before: Recipe, after: Recipe) -> Recipe:
+    """With another codec, the patches that cover as many pixels as before, if there are such.
+
+    A codec's `factor` is how many pixels are in one latent along a side, 1 without one, 0 where the data says it.
+    """
+    from dataclasses import replace
+
+    from ..config import registered_as
+
+    old, new = (getattr(recipe.codec, "factor", 1) for recipe in (before, after))
+    patch = getattr(before.model, "patch_size", None)
+    if registered_as(before.codec) == registered_as(after.codec) or not isinstance(patch, int) or not old or not new:
+        return after
+    pixels = patch * old
+    if pixels % new or pixels == patch * new:
+        return after
+    print(f"model.patch_size is {pixels // new}: a patch covers {pixels} x {pixels} pixels as before", file=sys.stderr)
+    return replace(after, model=replace(after.model, patch_size=pixels // new))
 
 
 def _guides(recipe: Recipe, words: list[str]) -> Recipe:
@@ -133,7 +161,7 @@ def _guides(recipe: Recipe, words: list[str]) -> Recipe:
 
 
 def _choose(recipe: Any, words: list[str]) -> Any:
-    """Apply `--sample.solver euler`, and the like, which replace a whole configuration by a named one.
+    """Apply `--sample.solver euler`, `--codec autoencoder:PATH` and the like, which replace a whole configuration.
 
     The words that were understood are taken out of the list.
     """
@@ -151,10 +179,7 @@ def _choose(recipe: Any, words: list[str]) -> Any:
             return replace(node, **{field: None})
         if kind == "model" and name in names("size"):
             return replace(node, **{field: lookup("size", name)})
-        try:
-            return replace(node, **{field: lookup(kind, name)()})
-        except TypeError:
-            raise DitkitError(f"{kind} {name!r} needs more than its name (images: train folder:PATH)") from None
+        return replace(node, **{field: named(kind, name)})
 
     options = [(word.partition("=")[0][2:].split("."), i) for i, word in enumerate(words) if word.startswith("--")]
     taken: list[tuple[int, int]] = []

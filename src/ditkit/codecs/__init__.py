@@ -2,9 +2,10 @@
 
 from .autoencoder import Autoencoder
 from .characters import Characters
-from .codec import Codec
+from .codec import Codec, Samples, Stateless
+from .pca import Pca
 from .pixels import Pixels
 from .token_ids import TokenIds
 from .vectors import Vectors
 
-__all__ = ["Autoencoder", "Characters", "Codec", "Pixels", "TokenIds", "Vectors"]
+__all__ = ["Autoencoder", "Characters", "Codec", "Pca", "Pixels", "Samples", "Stateless", "TokenIds", "Vectors"]

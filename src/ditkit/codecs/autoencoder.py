@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, UInt8
@@ -13,13 +13,14 @@ from torch import Tensor
 from ..config import DitkitError, register
 from ..hub import locate, unloadable
 from ..rng import Draw
+from .codec import Stateless
 
 __all__ = ["Autoencoder"]
 
 
 @register("codec", "autoencoder")
 @dataclass(frozen=True)
-class Autoencoder:
+class Autoencoder(Stateless):
     """Images to latents (z - shift) scale, [b channels h/factor w/factor], and back; with Stable Diffusion's defaults.
 
     Where `means` and `stds` are given, z is normalised with those of each channel before that (VA-VAE's latents).
@@ -28,6 +29,7 @@ class Autoencoder:
     here, whatever the autoencoder's own file says. Encoding draws "codec" where the posterior is sampled.
     """
 
+    positional: ClassVar[str] = "path"
     path: str = "stabilityai/sd-vae-ft-mse"
     """A folder of diffusers (config.json beside the weights), or a name on the hub."""
     download: bool = False
@@ -67,9 +69,6 @@ class Autoencoder:
                 f"{list(sample)}: change --data.resolution, or choose another codec"
             )
         return self.channels, sample[1] // self.factor, sample[2] // self.factor
-
-    def fitted(self, symbols: str) -> Self:
-        return self
 
     @torch.no_grad()
     def encode(self, data: UInt8[Tensor, "b 3 h w"], rng: Draw | None = None) -> Float[Tensor, "b c h/f w/f"]:

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from ..config import DitkitError, register
 from ..rng import Draw
+from .codec import Samples, Stateless
 
 __all__ = ["Characters"]
 
 
 @register("codec", "characters")
 @dataclass(frozen=True)
-class Characters:
+class Characters(Stateless):
     """Code points, filled up with 0, to tokens and back: 0 is the filling, then come the characters of `symbols`."""
 
     symbols: str = ""
@@ -51,8 +52,8 @@ class Characters:
             raise DitkitError(f"the codec characters is for texts [l], and a sample is {list(sample)}: choose another")
         return sample
 
-    def fitted(self, symbols: str) -> Self:
+    def fitted(self, data: Samples) -> Self:
         """With the characters of the data. Raises DitkitError if it has none."""
-        if not symbols:
+        if not data.symbols:
             raise DitkitError("the codec characters is for texts, and the data holds none: choose another --codec")
-        return replace(self, symbols=symbols)
+        return replace(self, symbols=data.symbols)

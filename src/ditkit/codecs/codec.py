@@ -2,19 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Protocol, Self, runtime_checkable
+from collections.abc import Mapping
+from typing import Any, Protocol, Self, runtime_checkable
 
-from jaxtyping import Shaped
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from ..rng import Draw
 
-__all__ = ["Codec"]
+__all__ = ["Codec", "Samples", "Stateless"]
+
+
+class Part(Protocol):
+    """A part of a data set, by index; what a batch of it holds are its samples, `data`."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Int[Tensor, "b"]) -> Any: ...
+
+
+class Samples(Protocol):
+    """What a codec sees of an opened data set."""
+
+    @property
+    def symbols(self) -> str:
+        """The characters that texts are made of; none where the data is no text."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one sample."""
+        ...
+
+    @property
+    def train(self) -> Part: ...
 
 
 @runtime_checkable
 class Codec(Protocol):
-    """Data <-> the tensor that is diffused, x0: floats [b c *space] or [b d], or tokens (int64 [b l])."""
+    """Data <-> the tensor that is diffused, x0: floats [b c *space] or [b d], or tokens (int64 [b l]).
+
+    A codec is a frozen configuration. One that learns, of the data or elsewhere, has it in a field made by
+    `config.learned()`; every checkpoint stores its `state()`, and whoever reads a run gets the codec back by
+    `loaded(state)`. A configuration may say in the class variable `positional` which field VALUE sets in the words
+    `--codec NAME:VALUE`.
+    """
 
     @property
     def vocab(self) -> int:
@@ -29,6 +61,30 @@ class Codec(Protocol):
         """The shape of one encoded sample of data of shape `sample`. Raises DitkitError for data of another kind."""
         ...
 
-    def fitted(self, symbols: str) -> Self:
-        """The codec for data whose texts are made of these characters (none where it is no text)."""
+    def fitted(self, data: Samples) -> Self:
+        """The codec for this data: it takes from it what it does not say, and learns what it has not learned yet.
+
+        Raises DitkitError for data of another kind.
+        """
         ...
+
+    def state(self) -> dict[str, Tensor]:
+        """What it has learned; empty for a codec that learns nothing."""
+        ...
+
+    def loaded(self, state: Mapping[str, Tensor]) -> Self:
+        """The codec that has learned this; the inverse of `state`. Raises DitkitError for what another has learned."""
+        ...
+
+
+class Stateless:
+    """What codecs have in common that learn nothing."""
+
+    def fitted(self, data: Samples) -> Self:
+        return self
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def loaded(self, state: Mapping[str, Tensor]) -> Self:
+        return self

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from jaxtyping import Float, UInt8
@@ -11,13 +10,14 @@ from torch import Tensor
 
 from ..config import DitkitError, register
 from ..rng import Draw
+from .codec import Stateless
 
 __all__ = ["Pixels"]
 
 
 @register("codec", "pixels")
 @dataclass(frozen=True)
-class Pixels:
+class Pixels(Stateless):
     """Bytes 0..255 of images and videos to [-1, 1] and back; decoding clips, and rounds to the nearest byte."""
 
     @property
@@ -37,6 +37,3 @@ class Pixels:
                 "another"
             )
         return sample
-
-    def fitted(self, symbols: str) -> Self:
-        return self

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from ..config import DitkitError, register
 from ..rng import Draw
+from .codec import Samples, Stateless
 
 __all__ = ["TokenIds"]
 
 
 @register("codec", "token_ids")
 @dataclass(frozen=True)
-class TokenIds:
+class TokenIds(Stateless):
     """Numbers of tokens in a vocabulary that another program made and reads, such as Whisper's: nothing is changed."""
 
     vocab: int = 0
@@ -37,7 +38,7 @@ class TokenIds:
             raise DitkitError(f"the codec token_ids is for tokens [l], and a sample is {list(sample)}: choose another")
         return sample
 
-    def fitted(self, symbols: str) -> Self:
+    def fitted(self, data: Samples) -> Self:
         """Raises DitkitError where the vocabulary is not set: the data does not say it."""
         if self.vocab < 1:
             raise DitkitError("the codec token_ids needs the size of the vocabulary: set codec.vocab")

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
 
 from jaxtyping import Float
 from torch import Tensor
 
 from ..config import DitkitError, register
 from ..rng import Draw
+from .codec import Stateless
 
 __all__ = ["Vectors"]
 
 
 @register("codec", "vectors")
 @dataclass(frozen=True)
-class Vectors:
+class Vectors(Stateless):
     """Points of R^d: what is diffused is the data itself, in float32."""
 
     @property
@@ -33,6 +33,3 @@ class Vectors:
         if len(sample) != 1:
             raise DitkitError(f"the codec vectors is for vectors [d], and a sample is {list(sample)}: choose another")
         return sample
-
-    def fitted(self, symbols: str) -> Self:
-        return self

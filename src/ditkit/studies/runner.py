@@ -93,7 +93,7 @@ def _trained(run: Path, recipe: Recipe) -> bool:
     newest = Run(run).newest() if Run(run).exists() else None
     if newest is None or newest.step != recipe.train.steps:
         return False  # `train` looks at what is there
-    wished = to_json(recipe.fitted(recipe.data.open()))
+    wished = to_json(recipe.fitted(recipe.data.open(), newest.learned(recipe.codec)))
     for change in differences(to_json(Run(run).recipe()), wished):
         if not change.startswith(("sample", "evaluate")):
             raise DitkitError(f"{run} holds a run with another recipe: {change}; choose another --out, or delete it")

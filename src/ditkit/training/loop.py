@@ -54,14 +54,14 @@ def train(recipe: Recipe, folder: str | Path, *, init: str | Path | None = None,
     if data.skipped:
         shown = "; ".join(data.skipped[:5]) + ("; ..." if len(data.skipped) > 5 else "")
         print(f"skipped {len(data.skipped)} of the samples: {shown}", file=sys.stderr)
-    recipe = recipe.fitted(data)
     if len(data.train) == 0:
         raise DitkitError(f"{data.name} has no training samples")
     run = Run(folder)
-    checkpoint = None
+    checkpoint = run.newest() if run.exists() else None
+    start = begin_from(init, recipe) if checkpoint is None and init is not None else None
+    recipe = _fitted(recipe, data, checkpoint, start)
     if run.exists():
         _same_run(run, recipe)
-        checkpoint = run.newest()
     elif found := run.foreign():
         raise DitkitError(f"{run.folder} is not empty and holds no run (but {found[0]}): choose another --out")
     begun = run.begun()
@@ -70,7 +70,6 @@ def train(recipe: Recipe, folder: str | Path, *, init: str | Path | None = None,
             f"{run.folder} began from {begun.get('init', 'no weights')}: leave out --init to go on with it"
         )
     trainer = Trainer(recipe, data)
-    start = begin_from(init, recipe) if checkpoint is None and init is not None else None
     report = trainer.begin(start) if start is not None else {}
     if checkpoint is not None:
         if checkpoint.state.get("data") != data.source:
@@ -247,12 +246,21 @@ class Trainer:
             groups[name] = self.averages.tensors(name)
         if isinstance(self.objective, nn.Module):
             groups["objective"] = self.objective.state_dict()
+        groups |= self._codec()
         state = {"log": self.log_state, "data": self.data.source, "torch": torch.__version__}
         return run.save(self.step, to_json(self.recipe), groups, state)
 
+    def _codec(self) -> dict[str, Mapping[str, Tensor]]:
+        """The group of what the codec has learned, if it has."""
+        learned = self.recipe.codec.state()
+        return {"codec": learned} if learned else {}
+
     def snapshot(self, run: Run) -> None:
         """Store the power-function averages of this step, from which those of other lengths are made afterwards."""
-        groups = {name: self.averages.tensors(name) for name in map(std_name, self.settings.ema_stds)}
+        groups: dict[str, Mapping[str, Tensor]] = {
+            name: self.averages.tensors(name) for name in map(std_name, self.settings.ema_stds)
+        }
+        groups |= self._codec()
         run.save(self.step, to_json(self.recipe), groups, {"log": {}}, where="snapshots")
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -326,6 +334,20 @@ def _sheet(trainer: Trainer, run: Run) -> None:
     samples = pipeline.sample(None if classes <= 10 else list(range(10)) * 8, columns * 8)
     kind = suffix(samples)
     atomic_write(run.folder / "samples" / f"step-{trainer.step:08d}{kind}", rendered(samples, kind, columns))
+
+
+def _fitted(recipe: Recipe, data: Dataset, checkpoint: Checkpoint | None, start: Start | None) -> Recipe:
+    """The recipe for the data. A run that goes on has the codec that it began with, and one that begins with the
+    weights of a run of the same codec has that, so that its latents mean the same."""
+    if checkpoint is not None and (learned := checkpoint.learned(recipe.codec)):
+        try:
+            recipe.codec.loaded(learned)
+        except DitkitError as error:
+            raise DitkitError(f"{checkpoint.folder} is of another codec: {error}; choose another --out") from None
+        return recipe.fitted(data, learned)
+    if start is not None and start.codec is not None and to_json(start.codec) == to_json(recipe.codec):
+        return recipe.fitted(data, start.codec.state())
+    return recipe.fitted(data)
 
 
 def _same_run(run: Run, recipe: Recipe) -> None:
