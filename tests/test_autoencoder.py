@@ -12,7 +12,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch.testing import assert_close
 
-from ditkit.codecs import Autoencoder, Codec
+from ditkit.codecs import Autoencoder, Codec, Posterior
 from ditkit.config import DitkitError, from_json, to_json
 from ditkit.rng import Replay, Rng
 
@@ -62,6 +62,19 @@ def test_latents_and_images_are_those_of_diffusers(codec: Autoencoder, folder: P
     assert (decoded.float() - wanted).abs().max() <= 0.5 + 1e-3
     assert decoded.float().std() > 1
     assert codec.shape((3, 16, 8)) == tuple(mode.shape[1:])
+
+
+def test_moments_are_what_an_encoding_is_drawn_from(codec: Autoencoder, images: torch.Tensor) -> None:
+    assert isinstance(codec, Posterior)
+    moments = codec.moments(images)
+    assert moments.shape == (3, 2, 4, 8, 4)
+    for rng in (None, Rng(0).at(1, torch.arange(3)), Rng(0).at(2, torch.arange(3))):
+        assert torch.equal(codec.drawn(moments, rng), codec.encode(images, rng))
+    ones = Replay({"codec": torch.ones(3, 4, 8, 4)})
+    assert_close(codec.drawn(moments, ones) - codec.drawn(moments), 0.7 * moments[:, 1], rtol=1e-4, atol=1e-5)
+    mean = replace(codec, sample=False)
+    assert torch.equal(mean.moments(images), moments[:, :1])
+    assert torch.equal(mean.drawn(moments[:, :1], ones), codec.drawn(moments))
 
 
 def test_a_row_is_a_function_of_its_id_and_nothing_learns(codec: Autoencoder, images: torch.Tensor) -> None:

@@ -2,10 +2,21 @@
 
 from .autoencoder import Autoencoder
 from .characters import Characters
-from .codec import Codec, Samples, Stateless
+from .codec import Codec, Posterior, Samples, Stateless
 from .pca import Pca
 from .pixels import Pixels
 from .token_ids import TokenIds
 from .vectors import Vectors
 
-__all__ = ["Autoencoder", "Characters", "Codec", "Pca", "Pixels", "Samples", "Stateless", "TokenIds", "Vectors"]
+__all__ = [
+    "Autoencoder",
+    "Characters",
+    "Codec",
+    "Pca",
+    "Pixels",
+    "Posterior",
+    "Samples",
+    "Stateless",
+    "TokenIds",
+    "Vectors",
+]

@@ -73,10 +73,18 @@ class Autoencoder(Stateless):
     @torch.no_grad()
     def encode(self, data: UInt8[Tensor, "b 3 h w"], rng: Draw | None = None) -> Float[Tensor, "b c h/f w/f"]:
         """Without `rng`, the mean of the posterior. Raises DitkitError if the autoencoder cannot be had."""
+        return self.drawn(self.moments(data), rng)
+
+    @torch.no_grad()
+    def moments(self, data: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b m c h/f w/f"]:
+        """Of the autoencoder's own z. Raises DitkitError if the autoencoder cannot be had."""
         posterior = self.model(data.device).encode(data.float() / 127.5 - 1).latent_dist
-        z = posterior.mean
-        if self.sample and rng is not None:
-            z = z + posterior.std * rng("codec", "normal", z.shape[1:]).to(z)
+        return torch.stack((posterior.mean, posterior.std) if self.sample else (posterior.mean,), 1)
+
+    def drawn(self, moments: Float[Tensor, "b m c h w"], rng: Draw | None = None) -> Float[Tensor, "b c h w"]:
+        z = moments[:, 0]
+        if moments.shape[1] == 2 and rng is not None:
+            z = z + moments[:, 1] * rng("codec", "normal", z.shape[1:]).to(z)
         mean, std = self._statistics(z)
         return ((z - mean) / std - self.shift) * self.scale
 

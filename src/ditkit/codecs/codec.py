@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol, Self, runtime_checkable
 
-from jaxtyping import Int, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from ..rng import Draw
 
-__all__ = ["Codec", "Samples", "Stateless"]
+__all__ = ["Codec", "Posterior", "Samples", "Stateless"]
 
 
 class Part(Protocol):
@@ -74,6 +74,23 @@ class Codec(Protocol):
 
     def loaded(self, state: Mapping[str, Tensor]) -> Self:
         """The codec that has learned this; the inverse of `state`. Raises DitkitError for what another has learned."""
+        ...
+
+
+@runtime_checkable
+class Posterior(Protocol):
+    """The two halves of an encoding that draws from a Gaussian: what the data says, and the draw from it.
+
+    `codec.encode(data, rng)` is `codec.drawn(codec.moments(data), rng)`, so that moments can be stored and drawn from
+    in every epoch anew.
+    """
+
+    def moments(self, data: Shaped[Tensor, "b *sample"]) -> Float[Tensor, "b m *shape"]:
+        """The mean, and where it draws the standard deviation: m = 1 or 2."""
+        ...
+
+    def drawn(self, moments: Float[Tensor, "b m *shape"], rng: Draw | None = None) -> Float[Tensor, "b *shape"]:
+        """Without `rng`, what the mean stands for. Draws "codec" where m = 2."""
         ...
 
 
