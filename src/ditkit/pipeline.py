@@ -6,7 +6,7 @@ import dataclasses
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,23 +15,26 @@ from torch import Tensor
 
 from .conditioning import Given, Known
 from .config import DitkitError, NotFinite, near, registered_as
+from .data import Dataset
 from .diffusion import (
     Autoguidance,
     ClassifierFree,
     Denoiser,
     Guided,
+    Reconstruction,
     TokenDenoiser,
     check_grid,
     guide,
     integrate,
     keep,
 )
-from .models import Model
+from .models import Autoencoder, Model
 from .recipe import Recipe, Sample, device_of
+from .reconstructions import Reconstructions
 from .rng import Rng
 from .runs import find_run
 
-__all__ = ["Pipeline", "load"]
+__all__ = ["Pipeline", "load", "open_run", "trained"]
 
 _HOW = {
     "image": "give bytes [c h w] and a mask, on the command line --known IMAGE --mask MASK",
@@ -155,6 +158,17 @@ class Pipeline:
         chosen, times = self.check()
         few = times if len(times) <= 4 else (*times[:2], *times[-2:])
         self._batch(chosen, self.labels(None, 2), None, torch.arange(2), few, 0, lambda k, x: None)
+
+    def sheet(self, data: Dataset) -> tuple[Shaped[Tensor, "n *sample"], int]:
+        """What a training shows: eight samples of each class, or 80 or 64, always from the same noise; how many are in
+        a row."""
+        classes = len(self.classes)
+        columns = min(classes, 10) or 8
+        return self.sample(None if classes <= 10 else list(range(10)) * 8, columns * 8), columns
+
+    def files(self, data: Dataset) -> dict[str, bytes]:
+        """What a training writes beside each checkpoint, by name: nothing."""
+        return {}
 
     def guided(self, chosen: Sample, count: int, known: Known | None = None) -> Denoiser | TokenDenoiser | Guided:
         """The denoiser with the chosen guides for a batch of `count`, of which weak opinions are told what is known.
@@ -286,6 +300,37 @@ class Pipeline:
         return self.recipe.codec.decode(out).cpu()
 
 
+def trained(recipe: Recipe, model: Model, origin: str = "memory") -> Pipeline | Reconstructions:
+    """A trained network with what it is for: a pipeline to sample with, or what an autoencoder reconstructs."""
+    if isinstance(recipe.denoiser, Reconstruction):
+        return Reconstructions(recipe, cast(Autoencoder, model), origin)
+    return Pipeline(recipe, model, recipe.model.shape, origin)
+
+
+def open_run(
+    run_or_checkpoint: str | Path,
+    *,
+    ema: float | None = None,
+    ema_std: float | None = None,
+    device: str = "auto",
+    dtype: str = "fp32",
+) -> Pipeline | Reconstructions:
+    """As `load`, also for runs that nothing can be sampled from."""
+    checkpoint, recipe = find_run(run_or_checkpoint, ema, ema_std)
+    weights, name = checkpoint.chosen(recipe)
+    with torch.device("meta"):
+        model = recipe.model.build()
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()
+        raise DitkitError(f"{checkpoint.folder}: {name} does not fit the recipe's model: {first}") from None
+    if dtype not in ("fp32", "bf16"):
+        raise DitkitError(f"the dtype is fp32 or bf16, not {dtype!r}")
+    model = model.to(device_of(device), torch.bfloat16 if dtype == "bf16" else torch.float32)
+    return trained(recipe, model, f"{checkpoint.folder.name}/{name}")
+
+
 def load(
     run_or_checkpoint: str | Path,
     *,
@@ -299,18 +344,9 @@ def load(
     ema: which averaged weights, None = those of the recipe (the first), 0 = the weights themselves. ema_std: a
     power-function average of this length instead, made from the run's snapshots where it was not tracked. dtype: fp32,
     or bf16 for the network alone (the solver stays in float32). Raises DitkitError for a missing, damaged or foreign
-    folder.
+    folder, and for the run of an autoencoder.
     """
-    checkpoint, recipe = find_run(run_or_checkpoint, ema, ema_std)
-    weights, name = checkpoint.chosen(recipe)
-    with torch.device("meta"):
-        model = recipe.model.build()
-    try:
-        model.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()
-        raise DitkitError(f"{checkpoint.folder}: {name} does not fit the recipe's model: {first}") from None
-    if dtype not in ("fp32", "bf16"):
-        raise DitkitError(f"the dtype is fp32 or bf16, not {dtype!r}")
-    model = model.to(device_of(device), torch.bfloat16 if dtype == "bf16" else torch.float32)
-    return Pipeline(recipe, model, recipe.model.shape, f"{checkpoint.folder.name}/{name}")
+    found = open_run(run_or_checkpoint, ema=ema, ema_std=ema_std, device=device, dtype=dtype)
+    if isinstance(found, Reconstructions):
+        found.sample()
+    return found

@@ -89,6 +89,11 @@ class Rng:
         """A private sequential generator on the CPU for what has no rows, such as initial weights."""
         return torch.Generator().manual_seed(_key(self.seed, f"{name}@{self.step}") >> 1)
 
+    def some(self, name: str, length: int, most: int) -> Int[Tensor, "k"]:
+        """At most so many of `length` indices, sorted; each is drawn by a number that depends on it alone."""
+        draws = self.at(self.step, torch.arange(length))(name, "uniform")
+        return torch.argsort(draws, stable=True)[:most].sort().values
+
     def bits(self, name: str, words: int) -> Int[Tensor, "b words"]:
         """`words` words of 32 random bits for each row."""
         if self.sample_ids is None:

@@ -35,7 +35,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "recipe",
         metavar="RECIPE",
-        help="digits, demo, folder:PATH, a published one such as dit_xl_2:PATH, or a run folder to go on with",
+        help="digits, demo, folder:PATH, autoencoder, a published one such as dit_xl_2:PATH, or a run to go on with",
     )
     parser.add_argument(
         "--out", type=Path, help="the run folder; one that exists is gone on with (default: runs/RECIPE)"
@@ -71,8 +71,18 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     recipe = override(recipe, ["--help"] if args.fields else rest, f"ditkit train {args.recipe}")
     recipe = _adapted(recipe, args, new=not old.exists())
     if train(recipe, out, init=args.init, quiet=args.quiet):
-        print(f"trained: {out}\nsample it with: ditkit sample {out}")
+        print(f"trained: {out}\n{_next(recipe, out)}")
     return 0
+
+
+def _next(recipe: Recipe, out: Path) -> str:
+    """What can be done with a trained run."""
+    from ..diffusion import Reconstruction
+
+    if isinstance(recipe.denoiser, Reconstruction):
+        use = f"ditkit train RECIPE --codec trained_autoencoder:{out}"
+        return f"measure it with: ditkit evaluate {out}\nuse its latents with: {use}"
+    return f"sample it with: ditkit sample {out}"
 
 
 def _adapted(recipe: Recipe, args: argparse.Namespace, new: bool) -> Recipe:

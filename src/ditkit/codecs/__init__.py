@@ -6,6 +6,7 @@ from .codec import Codec, Posterior, Samples, Stateless
 from .pca import Pca
 from .pixels import Pixels
 from .token_ids import TokenIds
+from .trained import TrainedAutoencoder
 from .vectors import Vectors
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "Samples",
     "Stateless",
     "TokenIds",
+    "TrainedAutoencoder",
     "Vectors",
 ]

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from ..config import DitkitError, learned, register
+from ..layers import principal_components, project, unproject
 from ..rng import Draw, Rng
 from .codec import Samples
 from .pixels import Pixels
@@ -20,8 +20,6 @@ from .pixels import Pixels
 __all__ = ["Pca"]
 
 _PIXELS = Pixels()
-_FLAT = 1e-8
-"""A variance, of pixels in [-1, 1], below which a component is the same everywhere but for rounding."""
 _AT_ONCE = 1 << 22
 """Numbers of the data that are read at a time when the components are found."""
 
@@ -86,29 +84,12 @@ class Pca:
         self.shape(data.shape)
         if self.basis is not None:
             return self
-        count = len(data.train)
-        if not count:
+        if not len(data.train):
             raise DitkitError("the codec pca is fitted to training images, and there are none")
-        order = torch.argsort(Rng(0).at(0, torch.arange(count))("codec", "uniform"), stable=True)
-        chosen = order[: self.samples].sort().values
-        size, patches = data.shape[0] * self.factor**2, 0
-        total = torch.zeros(size, dtype=torch.float64)
-        scatter = torch.zeros(size, size, dtype=torch.float64)
-        for part in chosen.split(max(1, _AT_ONCE // math.prod(data.shape))):
-            rows = self._patches(data.train.batch(part).data).double().movedim(1, 3).flatten(0, 2)
-            total += rows.sum(0)
-            scatter += rows.T @ rows
-            patches += len(rows)
-        mean = total / patches
-        variance, vectors = torch.linalg.eigh(scatter / patches - torch.outer(mean, mean))  # ascending
-        variance, vectors = variance.flip(0)[: self.channels], vectors.flip(1)[:, : self.channels].T
-        # an eigenvector is one up to its sign: the first entry that is not far below the largest is made positive
-        large = (vectors.abs() >= 0.5 * vectors.abs().amax(1, keepdim=True)).int().argmax(1, keepdim=True)
-        vectors = vectors * vectors.gather(1, large).sign()
-        std = torch.where(variance > _FLAT, variance.clamp(min=_FLAT).sqrt(), 1.0)
-        patch = (data.shape[0], self.factor, self.factor)
-        found = {"mean": mean.view(patch), "components": vectors.reshape(-1, *patch), "std": std}
-        return replace(self, basis={name: value.float().contiguous() for name, value in found.items()})
+        chosen = Rng(0).some("codec", len(data.train), self.samples)
+        parts = chosen.split(max(1, _AT_ONCE // math.prod(data.shape)))
+        images = (_PIXELS.encode(data.train.batch(part).data) for part in parts)
+        return replace(self, basis=principal_components(images, self.factor, self.channels))
 
     def state(self) -> dict[str, Tensor]:
         """Mean and components as patches [c factor factor] of pixels in [-1, 1], and each component's deviation."""
@@ -128,21 +109,13 @@ class Pca:
 
     def encode(self, data: UInt8[Tensor, "b c h w"], rng: Draw | None = None) -> Float[Tensor, "b k h/f w/f"]:
         """Raises DitkitError before the codec is fitted."""
-        mean, components, std = self._learned(data.device)
-        return torch.einsum("bphw,kp->bkhw", self._patches(data) - mean[:, None, None], components / std[:, None])
+        return project(_PIXELS.encode(data), **self._learned(data.device))
 
     def decode(self, x0: Float[Tensor, "b k h/f w/f"]) -> UInt8[Tensor, "b c h w"]:
         """Clips, and rounds to the nearest byte. Raises DitkitError before the codec is fitted."""
-        mean, components, std = self._learned(x0.device)
-        patches = torch.einsum("bkhw,kp->bphw", x0.float(), components * std[:, None]) + mean[:, None, None]
-        return _PIXELS.decode(F.pixel_shuffle(patches, self.factor))
+        return _PIXELS.decode(unproject(x0, **self._learned(x0.device)))
 
-    def _patches(self, data: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b p h/f w/f"]:
-        """The numbers of a patch, channel by channel, in [-1, 1]."""
-        return F.pixel_unshuffle(_PIXELS.encode(data), self.factor)
-
-    def _learned(self, device: torch.device) -> tuple[Float[Tensor, "p"], Float[Tensor, "k p"], Float[Tensor, "k"]]:
+    def _learned(self, device: torch.device) -> dict[str, Tensor]:
         if self.basis is None:
             raise DitkitError("the codec pca has not been fitted: recipe.fitted(data) or codec.fitted(data) does it")
-        mean, components, std = (self.basis[name].to(device) for name in ("mean", "components", "std"))
-        return mean.flatten(), components.flatten(1), std
+        return {name: value.to(device) for name, value in self.basis.items()}

@@ -25,6 +25,7 @@ from .middle import DraxLoss
 from .objective import Loss, Objective, Regression
 from .path import DDPM, GVP, VE, VP, Linear, Path, Time, log_snr
 from .posterior import Posterior, posterior
+from .reconstruction import Autoencoding, Reconstruction, Reconstructor, VisionAlignment
 from .representation import REPA
 from .solvers import (
     AB2,
@@ -72,6 +73,7 @@ __all__ = [
     "VE",
     "VP",
     "Ancestral",
+    "Autoencoding",
     "Autoguidance",
     "CFGZeroStar",
     "ClassifierFree",
@@ -116,6 +118,8 @@ __all__ = [
     "PerturbedAttention",
     "Posterior",
     "Prediction",
+    "Reconstruction",
+    "Reconstructor",
     "Regression",
     "Rescale",
     "SiTSDE",
@@ -130,6 +134,7 @@ __all__ = [
     "UniPC2",
     "UniPC3",
     "Uniform",
+    "VisionAlignment",
     "Weighting",
     "check_grid",
     "corrupt",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -90,6 +91,16 @@ class EfficientNetLite0(nn.Module):
             x = block(x)
         return F.relu6(self.head(x))
 
+    def stages(self, x: Float[Tensor, "n 3 h w"]) -> list[Float[Tensor, "n c oh ow"]]:
+        """What comes out of each of the seven stages, at a 2nd to a 32nd of the resolution."""
+        ends = set(itertools.accumulate(repeats for *_, repeats in _STAGES))
+        x, found = F.relu6(self.stem(x)), []
+        for count, block in enumerate(self.blocks, 1):
+            x = block(x)
+            if count in ends:
+                found.append(x)
+        return found
+
     def features(self, x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 1280"]:
         """The last activations, averaged over positions."""
         return self.maps(x).mean((2, 3))
@@ -170,3 +181,12 @@ class EfficientNet:
     @torch.no_grad()
     def __call__(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b 1280 h w"]:
         return _shared(images.device).maps((as_images(images, self.size) - 127) / 128)
+
+    def maps(self, x: Float[Tensor, "b c h w"]) -> list[Float[Tensor, "b d oh ow"]]:
+        """What the seven stages give of images in [-1, 1] at their own size, for a loss: gradients go through.
+
+        Raises DitkitError for images that are neither grey nor RGB.
+        """
+        if x.ndim != 4 or x.shape[1] not in (1, 3):
+            raise DitkitError(f"an encoder sees images [b, 1 or 3, h, w], not {list(x.shape)}")
+        return _shared(x.device).stages((x.expand(-1, 3, -1, -1) * 127.5 + 0.5) / 128)

@@ -21,14 +21,16 @@ from tqdm import tqdm
 
 from ..config import DitkitError, near, to_json
 from ..data import Dataset, Split, strings
-from ..pipeline import Pipeline, load
+from ..pipeline import Pipeline, load, open_run
 from ..recipe import Gate, Sample
+from ..reconstructions import Reconstructions
 from ..report import provenance
 from ..runs import find_checkpoint
 from .classifier import train_classifier
 from .distances import Estimate, frechet_distance, kernel_distance
 from .features import Features
 from .memorization import f_mem, within_class_distance
+from .reconstruction import measure_reconstructions
 from .texts import Nearest, bits_per_character, nearest_texts, ratio, share, unigram_bits, valid
 
 __all__ = ["MEANING", "Measurement", "blurred", "evaluate", "measure_kid", "sampling_protocol"]
@@ -54,6 +56,15 @@ MEANING = {
     "valid_heldout": "the same for held-out texts: what a perfect model could reach",
     "valid_new": "share of samples that are valid, no copy, and drawn for the first time",
     "distinct": "share of different texts among the samples",
+    "psnr": "decibels of held-out images after encoding and decoding, mean over images; more is better",
+    "psnr_of_mean": "the same of the mean squared error of all images, in which the worst ones weigh most",
+    "psnr_pca": "the same for as many principal components of the same patches: what a linear codec gives",
+    "psnr_pca_of_mean": "that of its mean squared error",
+    "psnr_gain": "by how much the autoencoder is above the principal components, mean over images",
+    "kl": "divergence of the latents' posterior from N(0, 1) in nats for each latent, mean",
+    "latent_mean": "of normalised latents of held-out images: the mean furthest from 0 of a channel",
+    "latent_std_least": "the smallest standard deviation of a channel; training images have 1",
+    "latent_std_most": "the largest one",
     "seconds": "time for training and evaluation together",
     "seconds_training": "time for training",
     "seconds_evaluation": "time for this evaluation",
@@ -65,6 +76,7 @@ class Measurement:
     """Numbers by name, how they were obtained, the bounds they should keep, and what was measured.
 
     images: the samples, also where these are code points of texts; texts: those with the nearest training texts.
+    caption: what the images are.
     """
 
     numbers: dict[str, float | None]
@@ -73,6 +85,7 @@ class Measurement:
     images: Shaped[Tensor, "n *sample"]
     labels: Int[Tensor, "n"] | None
     texts: tuple[Nearest, ...] = ()
+    caption: str = "samples, one row for each class"
 
     @property
     def missed(self) -> tuple[Gate, ...]:
@@ -107,7 +120,7 @@ def evaluate(
     Raises DitkitError if the data has no held-out part, is of neither images nor texts, or the run cannot be loaded.
     """
     begun = time.perf_counter()
-    pipeline = load(path, device=device)
+    pipeline = open_run(path, device=device)
     recipe = pipeline.recipe
     for gate in recipe.evaluate.gates:
         for name in (gate.metric, gate.times, gate.plus):
@@ -130,8 +143,11 @@ def evaluate(
     count = recipe.evaluate.samples if samples is None else samples
     if count < 10:
         raise DitkitError(f"measuring takes at least 10 samples, not {count}")
-    measure = _measure_images if kind == "images" else _measure_texts
-    found = measure(pipeline, data, count, seed, settings, say)
+    if isinstance(pipeline, Reconstructions):
+        found = _measure_reconstructions(pipeline, data, count, settings, say)
+    else:
+        measure = _measure_images if kind == "images" else _measure_texts
+        found = measure(pipeline, data, count, seed, settings, say)
 
     numbers = found.numbers
     numbers["seconds_training"] = float(find_checkpoint(path).log["seconds"])
@@ -191,6 +207,18 @@ def _measure_images(
     numbers |= {"f_mem": copies.value, "f_mem_error": copies.error, "f_mem_floor": floor.value}
     protocol["copies"] = f"nearest over second nearest of {len(train)} training images below 1/3, in bytes, L2"
     return Measurement(numbers, protocol, recipe.evaluate.gates, images, labels)
+
+
+def _measure_reconstructions(
+    trained: Reconstructions, data: Dataset, count: int, settings: dict[str, Any], say: Callable[[str], None]
+) -> Measurement:
+    """All numbers of an autoencoder but the times. Raises DitkitError for settings of a sampling."""
+    if settings:
+        raise DitkitError(f"an autoencoder draws no samples: leave out {', '.join(sorted(settings))}")
+    say("encoding and decoding")
+    numbers, protocol, images = measure_reconstructions(trained, data, count)
+    caption = "held-out images; through as many principal components; through the autoencoder"
+    return Measurement(numbers, protocol, trained.recipe.evaluate.gates, images, None, caption=caption)
 
 
 def _measure_texts(

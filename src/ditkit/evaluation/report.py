@@ -39,7 +39,7 @@ def write_report(run: Run, found: Measurement) -> list[Path]:
         rows = tuple((n.text, n.nearest, str(n.edits)) for n in found.texts[:50])
         samples = Table(("sample", "nearest training text", "edits"), rows)
     else:
-        samples = Picture("samples.png", "samples, one row for each class", _samples(found))
+        samples = Picture("samples.png", found.caption, _samples(found))
     loss = Picture("loss.png", "training loss over steps", curve(run.rows()))
     sections = [
         Section("Samples", (samples,)),

@@ -17,6 +17,7 @@ from .blocks import (
     refined,
     visit,
 )
+from .components import PatchComponents, principal_components, project, unproject
 from .convolution import AttentionBlock, Downsample, GroupNorm, ResBlock, Upsample
 from .embeddings import (
     LabelEmbedder,
@@ -34,7 +35,7 @@ from .modulation import adaln, modulate, over_tokens
 from .norms import RMSNorm, layer_norm
 from .patches import BottleneckPatchEmbed, PatchEmbed, PatchOrder, patch_grid, patchify, unpatchify
 from .patterns import Arrangement, Blocks, Mask, Nabla, Pattern, Rule, SlidingTiles, arrange
-from .precision import LayerNorm32, Linear32
+from .precision import LayerNorm32, Linear32, without_autocast
 from .rope import (
     Pairs,
     axial_angles,
@@ -77,6 +78,7 @@ __all__ = [
     "Nabla",
     "Pairs",
     "ParallelBlock",
+    "PatchComponents",
     "PatchEmbed",
     "PatchOrder",
     "Pattern",
@@ -116,11 +118,15 @@ __all__ = [
     "patchify",
     "place_rope",
     "positions_2d",
+    "principal_components",
+    "project",
     "refined",
     "rope_table",
     "rotate",
     "sincos_2d",
     "sinusoid",
     "unpatchify",
+    "unproject",
     "visit",
+    "without_autocast",
 ]

@@ -54,6 +54,8 @@ class Downsample(nn.Module):
 class ResBlock(nn.Module):
     """x + conv(SiLU(norm(conv(SiLU(norm(x)))))), pre-activated; a vector `emb` per sample enters at the second norm.
 
+    emb: numbers of that vector; with 0 the block is given none.
+
     modulated: the second norm becomes norm(h) (1 + scale) + shift, scale and shift being Linears of SiLU(emb) (FiLM,
     Perez et al. 2018; ADM's "adaptive group normalization", section 3.1); otherwise one Linear is added before the
     norm (DDPM). resample: "up" or "down", of h before its first convolution and of x, without weights of its own
@@ -64,7 +66,7 @@ class ResBlock(nn.Module):
         self,
         channels: int,
         out_channels: int,
-        emb: int,
+        emb: int = 0,
         *,
         dropout: float = 0.0,
         modulated: bool = True,
@@ -79,7 +81,8 @@ class ResBlock(nn.Module):
         self.in_layers = nn.Sequential(
             GroupNorm(groups, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
         )
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb, out_channels * (2 if modulated else 1)))
+        given = out_channels * (2 if modulated else 1)
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb, given)) if emb else None
         self.out_layers = nn.Sequential(
             GroupNorm(groups, out_channels),
             nn.SiLU(),
@@ -89,12 +92,14 @@ class ResBlock(nn.Module):
         same = channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
 
-    def forward(self, x: Float[Tensor, "b c h w"], emb: Float[Tensor, "b e"]) -> Float[Tensor, "b o H W"]:
+    def forward(self, x: Float[Tensor, "b c h w"], emb: Float[Tensor, "b e"] | None = None) -> Float[Tensor, "b o H W"]:
         norm, act, conv = self.in_layers
         h = conv(self.resample(act(norm(x))))
-        given = self.emb_layers(emb)[:, :, None, None]
+        given = None if self.emb_layers is None else self.emb_layers(emb)[:, :, None, None]
         norm, *rest = self.out_layers
-        if self.modulated:
+        if given is None:
+            h = norm(h)
+        elif self.modulated:
             scale, shift = given.chunk(2, dim=1)
             h = norm(h) * (1 + scale) + shift
         else:

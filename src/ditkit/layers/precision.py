@@ -11,14 +11,15 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-__all__ = ["LayerNorm32", "Linear32"]
+__all__ = ["LayerNorm32", "Linear32", "without_autocast"]
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _without_autocast(x: Tensor) -> Any:
+def without_autocast(x: Tensor) -> Any:
+    """A context in which the device of x does not lower precisions by itself."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
@@ -36,7 +37,7 @@ class Linear32(nn.Linear):
 
     def forward(self, input: Float[Tensor, "... i"]) -> Float[Tensor, "... o"]:
         dtype = _at_least_float32(self.weight.dtype)
-        with _without_autocast(input):
+        with without_autocast(input):
             bias = None if self.bias is None else self.bias.to(dtype)
             return F.linear(input.to(dtype), self.weight.to(dtype), bias)
 

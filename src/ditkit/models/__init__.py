@@ -1,5 +1,6 @@
 """One file per family, each read from top to bottom with its paper beside it."""
 
+from .autoencoder import Autoencoder, AutoencoderConfig
 from .control import Control, ControlConfig
 from .ddit import DDiT, DDiTConfig
 from .dit import DiT, DiTConfig
@@ -21,6 +22,8 @@ from .zimage import ZImage, ZImageConfig
 
 __all__ = [
     "MLP",
+    "Autoencoder",
+    "AutoencoderConfig",
     "Control",
     "ControlConfig",
     "DDiT",

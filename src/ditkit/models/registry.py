@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self, TypeVar, runtime_checkable
 
@@ -56,6 +56,9 @@ class Model(nn.Module):
     def init_weights(self, rng: Rng) -> None:
         """Set every parameter, as a pure function of the seed of `rng`."""
         raise NotImplementedError
+
+    def meet(self, examples: Iterable[Tensor]) -> None:
+        """What it takes from training samples, as they are diffused, before its first step; by default nothing."""
 
     def prepare(self, cond: Conditioning, shape: Sequence[int], times: Sequence[float] = ()) -> Conditioning:
         """What depends neither on x nor on the step, computed once for x of `shape`; by default nothing does."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from ..config import DitkitError, near
 from ..recipe import Recipe
 from . import dit, jit, lightningdit, repa, sit
+from .autoencoder import autoencoder
 from .captions import captions, captions_uniform
 from .digits import demo, digits, digits_resnet, digits_unet
 from .families import FAMILIES
@@ -15,6 +16,7 @@ from .folder import folder
 __all__ = [
     "FAMILIES",
     "PUBLISHED",
+    "autoencoder",
     "captions",
     "captions_uniform",
     "demo",
@@ -29,6 +31,7 @@ _NAMED: dict[str, Callable[[], Recipe]] = {
     "digits": digits,
     "digits_unet": digits_unet,
     "digits_resnet": digits_resnet,
+    "autoencoder": autoencoder,
     "demo": demo,
     "captions": captions,
     "captions_uniform": captions_uniform,
@@ -42,13 +45,15 @@ PUBLISHED: dict[str, Callable[[str], Recipe]] = {
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of a name, of folder:PATH, or of a published one with its images, as in dit_xl_2:PATH.
+    """The recipe of a name, of a folder as in folder:PATH, or of a published one with its images, as in dit_xl_2:PATH.
 
     Raises DitkitError, with the near names, for an unknown one.
     """
     kind, colon, path = name.partition(":")
     if kind == "folder" and path:
         return folder(path)
+    if kind == "autoencoder" and path:
+        return autoencoder(path)
     if kind in PUBLISHED:
         if not path:
             raise DitkitError(f"the recipe {kind} needs the folder of ImageNet's training images: write {kind}:PATH")

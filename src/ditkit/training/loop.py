@@ -27,8 +27,9 @@ from ..diffusion import Denoiser, Objective
 from ..files import atomic_write
 from ..interop import transfer
 from ..models import Model
-from ..pipeline import Pipeline
+from ..pipeline import Pipeline, trained
 from ..recipe import Recipe, device_of
+from ..reconstructions import Reconstructions, examples
 from ..rng import Rng
 from ..runs import Checkpoint, Run
 from ..sheet import rendered, suffix
@@ -102,6 +103,7 @@ class Trainer:
         self.device = device_of(settings.device)
         with torch.device(self.device):
             self.model: Model = recipe.model.build(recipe.seed)
+        self.model.meet(recipe.codec.encode(part.to(self.device)) for part in examples(data.train))
         self.model.train()
         self.denoiser: Denoiser = recipe.denoiser.of(self.model)
         recipe.objective.check(self.denoiser)
@@ -225,15 +227,15 @@ class Trainer:
         self.step = number
         return sums, norm, rate
 
-    def pipeline(self) -> Pipeline:
-        """A pipeline on the averaged weights that sampling uses; it shares their memory."""
+    def pipeline(self) -> Pipeline | Reconstructions:
+        """What the network is for, on the averaged weights that sampling uses; it shares their memory."""
         recipe = self.recipe
         name = recipe.sample.average(recipe.train)
         with torch.device("meta"):
             model = recipe.model.build()
         weights = dict(self.model.state_dict()) if name == "model" else self.averages.tensors(name)
         model.load_state_dict(weights, assign=True)
-        return Pipeline(recipe, model, recipe.model.shape, f"step {self.step}")
+        return trained(recipe, model, f"step {self.step}")
 
     def save(self, run: Run) -> Path:
         """Write a checkpoint of this step. Raises DitkitError if that fails; older ones stay."""
@@ -316,10 +318,12 @@ def _steps(trainer: Trainer, run: Run, saved: Checkpoint | None, quiet: bool) ->
                 trainer.snapshot(run)
             if trainer.step % settings.checkpoint_every == 0 or done:
                 log.sync()
+                _files(trainer, run)
                 last = trainer.save(run)
                 run.prune(settings.keep)
         if asked and trainer.step < settings.steps:
             log.sync()
+            _files(trainer, run)
             trainer.save(run)
             run.prune(settings.keep)
             log.say(f"stopped after step {trainer.step}; go on with: ditkit train {run.folder}")
@@ -327,11 +331,8 @@ def _steps(trainer: Trainer, run: Run, saved: Checkpoint | None, quiet: bool) ->
 
 
 def _sheet(trainer: Trainer, run: Run) -> None:
-    """Eight samples of each class, or 64, always from the same noise."""
-    pipeline = trainer.pipeline()
-    classes = len(pipeline.classes)
-    columns = min(classes, 10) or 8
-    samples = pipeline.sample(None if classes <= 10 else list(range(10)) * 8, columns * 8)
+    """What the network can do at this step, as a picture or text."""
+    samples, columns = trainer.pipeline().sheet(trainer.data)
     kind = suffix(samples)
     atomic_write(run.folder / "samples" / f"step-{trainer.step:08d}{kind}", rendered(samples, kind, columns))
 
@@ -348,6 +349,12 @@ def _fitted(recipe: Recipe, data: Dataset, checkpoint: Checkpoint | None, start:
     if start is not None and start.codec is not None and to_json(start.codec) == to_json(recipe.codec):
         return recipe.fitted(data, start.codec.state())
     return recipe.fitted(data)
+
+
+def _files(trainer: Trainer, run: Run) -> None:
+    """What belongs beside the checkpoint of this step."""
+    for name, content in trainer.pipeline().files(trainer.data).items():
+        atomic_write(run.folder / name, content)
 
 
 def _same_run(run: Run, recipe: Recipe) -> None:
