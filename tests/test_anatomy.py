@@ -87,7 +87,7 @@ def test_traits_are_those_of_the_papers() -> None:
 
 def test_every_family_is_on_the_page_with_its_sizes() -> None:
     own = families()
-    assert set(own) == set(names("model")) - {"lora", "mlp"}
+    assert set(own) == set(names("model")) - {"autoencoder", "lora", "mlp"}
     assert sorted(name for sizes in own.values() for name in sizes) == sorted(names("size"))
     assert own["jit"][0] == "jit_b_16"
 

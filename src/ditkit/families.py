@@ -20,7 +20,7 @@ from .report import drawn
 
 __all__ = ["families", "markdown", "traits", "write_page"]
 
-_NO_FAMILY = ("lora", "mlp")  # a wrapper, and the network of a toy
+_NO_FAMILY = ("autoencoder", "lora", "mlp")  # no denoiser, a wrapper, and the network of a toy
 
 
 def families() -> dict[str, list[str]]:

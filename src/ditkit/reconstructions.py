@@ -101,5 +101,6 @@ class Reconstructions:
         """What is written beside a checkpoint, by name: the weights as the codec trained_autoencoder reads them."""
         mean, std = self.statistics(data.train)
         tensors = trained.state(self.model, mean.float(), std.float())
-        about = {"weights": self.origin, "data": data.source}
+        # one entry: several have no order of their own, and the file would differ from time to time
+        about = {"about": f"{self.origin}, trained on {data.source}"}
         return {trained.FILE: save({name: value.cpu().contiguous() for name, value in tensors.items()}, about)}

@@ -161,7 +161,8 @@ class TrainedAutoencoder:
         if self.network is None:
             raise DitkitError("the codec trained_autoencoder has not been fitted: recipe.fitted(data) does it")
         found: _Learned = self.network
-        return found.model.to(device), *(v.to(device)[:, None, None] for v in (found.mean, found.std))
+        mean, std = (v.to(device)[:, None, None] for v in (found.mean, found.std))
+        return found.model.to(device), mean, std
 
     def _config(self) -> AutoencoderConfig:
         if self.network is None:

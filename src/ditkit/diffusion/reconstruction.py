@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, NoReturn, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +67,12 @@ class Reconstructor:
     def __call__(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """x through the means of its latents."""
         return self.model.decode(self.model.encode(x)[0])
+
+    def check(self, *args: Any, **needs: Any) -> NoReturn:
+        """Raises DitkitError: whoever asks for times and spaces is for a denoiser."""
+        raise DitkitError(
+            "an autoencoder has no time and no noise, and the objective is for a denoiser: use --objective autoencoding"
+        )
 
 
 @register("objective", "autoencoding")
@@ -234,9 +240,7 @@ class _Aligned(nn.Module):
         adaptive = 1.0
         if torch.is_grad_enabled():
             last = denoiser.model.encoder[-1].weight
-            norms = [
-                torch.autograd.grad(part.mean(), last, retain_graph=True)[0].norm()
-                for part in (sum(v for k, v in terms.items() if k != "kl"), found)
-            ]
+            error = torch.stack([value for name, value in terms.items() if name != "kl"]).sum(0)
+            norms = [torch.autograd.grad(v.mean(), last, retain_graph=True)[0].norm() for v in (error, found)]
             adaptive = float((norms[0] / (norms[1] + 1e-6)).clamp(max=1e8))
         return _loss({**terms, "alignment": self.alignment.weight * adaptive * found}, nats)
