@@ -16,6 +16,7 @@ from .pixart import PixArt, PixArtConfig
 from .registry import ImageConfig, Model, ModelConfig, Plan, TokenConfig, create_model, list_models, model_config
 from .resnet import ResNet, ResNetConfig
 from .sana import Sana, SanaConfig
+from .sizing import Sizing, resized, size, width_unit
 from .unet import UNet, UNetConfig
 from .zimage import ZImage, ZImageConfig
 
@@ -53,6 +54,7 @@ __all__ = [
     "ResNetConfig",
     "Sana",
     "SanaConfig",
+    "Sizing",
     "TokenConfig",
     "UNet",
     "UNetConfig",
@@ -64,5 +66,8 @@ __all__ = [
     "list_models",
     "merged",
     "model_config",
+    "resized",
+    "size",
     "unadapted",
+    "width_unit",
 ]

@@ -43,6 +43,7 @@ from ..layers import (
 )
 from ..rng import Rng
 from .registry import ImageConfig, Model, Plan, at_least_one, given_pooled, given_text, instantiate, register_models
+from .sizing import Sizing
 
 __all__ = ["MMDiT", "MMDiTConfig"]
 
@@ -70,6 +71,8 @@ class MMDiTConfig(ImageConfig):
     """Channels of the pooled text: two CLIP encoders."""
     position_size: int = 192
     """Patches in a row, and in a column, of the table of positions; an image takes its middle."""
+
+    sizing = Sizing(deep=("self_attention",))
 
     def __post_init__(self) -> None:
         at_least_one(self, "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "text_dim", "pooled_dim")
