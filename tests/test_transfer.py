@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from ditkit.codecs import Autoencoder
-from ditkit.conditioning import Conditioning
+from ditkit.conditioning import Conditioning, Tokens
 from ditkit.config import DitkitError
 from ditkit.data import Folder
 from ditkit.diffusion import DDIM, DDPM, Discrete, Meaning, Regression
@@ -23,9 +23,10 @@ from ditkit.exchange import import_file
 from ditkit.interop import transfer
 from ditkit.interop.transfer import patch_matrix
 from ditkit.layers import sincos_2d
-from ditkit.models import DDiTConfig, DiTConfig, JiTConfig, MLPConfig, Model
+from ditkit.models import DDiTConfig, DiTConfig, JiTConfig, MLPConfig, Model, model_config
 from ditkit.pipeline import load
 from ditkit.recipe import Recipe, Sample, Train
+from ditkit.recipes import FAMILIES
 from ditkit.runs import Run, find_checkpoint
 from ditkit.training import Trainer, train
 
@@ -188,6 +189,150 @@ def test_models_that_cannot_take_the_weights_are_left_alone(old: Any, new: Any, 
         transfer(old, randomised(old).state_dict(), model)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+# every family: other sizes, channels, patches
+
+LARGER: dict[str, dict[str, Any]] = {
+    "pixart_tiny": {"input_size": 24, "position_scale": 1.5},  # the same range of positions, as its authors have it
+    "mmdit_tiny": {"input_size": 24},
+    "flux1_tiny": {"input_size": 12},
+    "flux2_tiny": {"input_size": 12},
+    "z_image_tiny": {"input_size": 48},
+    "lumina2_tiny": {"input_size": 48},
+    "sana_tiny": {"input_size": 12},
+    "kandinsky5_tiny": {"input_size": (5, 24, 16)},
+    "unet_tiny": {"input_size": 48},
+    "resnet_tiny": {"input_size": 48},
+    "drax_tiny": {"length": 24},
+}
+
+
+def family(name: str, **overrides: Any) -> Any:
+    """As its recipe, in two blocks."""
+    fewer = {"kandinsky5_tiny": {"depth": 2}, "unet_tiny": {}, "resnet_tiny": {"depth": 2}}
+    return model_config(name, **{**fewer.get(name, {}), **overrides})
+
+
+def noise(config: Any) -> torch.Tensor:
+    if config.vocab:
+        return torch.arange(2 * config.length).view(2, -1) % config.vocab
+    return torch.randn(2, *config.shape, generator=torch.Generator().manual_seed(5))
+
+
+def answer(model: Model, x: torch.Tensor) -> torch.Tensor:
+    """Of a text of random tokens where the model reads one."""
+    cond = model.config.example(2)
+    if cond.text is not None:
+        values = torch.randn(cond.text.values.shape, generator=torch.Generator().manual_seed(7))
+        cond = replace(cond, text=Tokens(values, cond.text.mask))
+    with torch.no_grad():
+        return model.eval()(x, torch.tensor([0.3, 0.6]), replace(cond, channels=None))
+
+
+def test_all_families_are_here() -> None:
+    assert set(LARGER) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_another_size_computes_with_the_same_weights(name: str) -> None:
+    """All tensors are taken, a fixed table of positions is recomputed; at the old size the output is the old one."""
+    config = family(name)
+    old, new, report = moved(config, **LARGER[name])
+    assert kinds(report) == ({"pos_embed": "resized"} if name == "mmdit_tiny" else {})
+    assert not report.left
+    x = noise(new.config)
+    out = answer(new, x)
+    assert out.shape == ((*x.shape, config.vocab) if config.vocab else (2, out.shape[1], *x.shape[2:]))
+    assert bool(out.isfinite().all())
+    if name != "mmdit_tiny":
+        assert_close(answer(new, noise(config)), answer(old, noise(config)))
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "drax_tiny"])
+def test_other_channels_begin_anew_and_nothing_else(name: str) -> None:
+    config = family(name)
+    old, new, report = moved(config, in_channels=config.in_channels + 1)
+    fresh = new.config.build(seed=3).state_dict()
+    ends = set(kinds(report))
+    assert set(kinds(report).values()) == {"new"}
+    first = {"x_embedder.proj.weight", "x_embedder.weight", "img_in.weight", "input_blocks.0.0.weight", "stem.weight"}
+    last = {"final_layer.linear.weight", "out.2.weight"}
+    assert len(ends & first) == 1
+    assert len(ends & last) == 1
+    assert ends <= first | last | {"x_embedder.proj.bias", "x_embedder.bias", "img_in.bias"} | {
+        "final_layer.linear.bias", "out.2.bias",
+    }  # fmt: skip
+    for key, value in new.state_dict().items():
+        assert torch.equal(value, fresh[key] if key in ends else old.state_dict()[key]), key
+    assert set(report.loaded) | ends == set(new.state_dict())
+
+
+@pytest.mark.parametrize(
+    "name", ["pixart_tiny", "mmdit_tiny", "flux1_tiny", "z_image_tiny", "lumina2_tiny", "sana_tiny", "kandinsky5_tiny"]
+)
+def test_larger_patches_see_and_make_what_the_old_ones_did(name: str) -> None:
+    """An image that is enlarged patch by patch gives the old output, enlarged so: whatever the order of features."""
+    config = family(name)
+    sides = config.patch_size if isinstance(config.patch_size, tuple) else (config.patch_size,) * 2
+    before, after = sides[-1], 2 * sides[-1]
+    patch = (*sides[:-2], after, after) if isinstance(config.patch_size, tuple) else after
+    size = config.input_size if isinstance(config.input_size, tuple) else (config.input_size,) * 2
+    size = (*size[:-2], 2 * size[-2], 2 * size[-1])
+    old, new, report = moved(config, patch_size=patch, input_size=size)
+    assert set(kinds(report).values()) == {"resized"}
+    assert "pos_embed" not in kinds(report)
+
+    def enlarged(x: torch.Tensor) -> torch.Tensor:
+        matrix = patch_matrix(before, after).float()
+        *lead, height, width = x.shape
+        cut = x.reshape(-1, height // before, before, width // before, before).transpose(2, 3).flatten(3)
+        made = (cut @ matrix.T).unflatten(3, (after, after)).transpose(2, 3)
+        return made.reshape(*lead, 2 * height, 2 * width)
+
+    x = noise(config)
+    assert_close(answer(new, enlarged(x)), enlarged(answer(old, x)), rtol=1e-3, atol=1e-3)
+
+
+def test_given_channels_come_at_zero_and_go() -> None:
+    """Kandinsky's image model becomes one with a given latent and mask, as those of videos are."""
+    config = family("kandinsky5_tiny", given_channels=False)
+    old, new, report = moved(config, given_channels=True)
+    assert kinds(report) == {"x_embedder.weight": "resized"}
+    assert "the given channels begin at 0" in "".join(report.lines())
+    x = noise(config)
+    assert_close(answer(new, x), answer(old, x))
+    cond = replace(new.config.example(2), channels=torch.randn(2, 5, *config.shape[1:]))
+    with torch.no_grad():
+        times = torch.tensor([0.3, 0.6])
+        assert torch.equal(new(x, times, cond), new(x, times, replace(cond, channels=None)))
+    back = config.build(seed=4)
+    assert kinds(transfer(new.config, new.state_dict(), back)) == {"x_embedder.weight": "resized"}
+    assert torch.equal(back.state_dict()["x_embedder.weight"], old.state_dict()["x_embedder.weight"])
+    with pytest.raises(DitkitError, match=r"patches of 1 x 2 x 2: train with --model\.patch-size 1 x 2 x 2"):
+        moved(config, patch_size=(3, 2, 2))
+
+
+def test_a_table_of_positions_that_a_file_brings_is_cropped() -> None:
+    config = family("mmdit_tiny")
+    weights = dict(randomised(config, 1).state_dict())
+    weights["pos_embed"] = torch.arange(16.0 * 16)[None, :, None].expand(1, 256, 96).clone()
+    same = replace(config, input_size=24).build()
+    assert kinds(transfer(config, weights, same)) == {}
+    assert torch.equal(same.state_dict()["pos_embed"], weights["pos_embed"])
+    smaller = replace(config, position_size=8).build()
+    report = transfer(config, weights, smaller)
+    assert "the middle of the table of positions" in "".join(report.lines())
+    middle = weights["pos_embed"].view(1, 16, 16, 96)[:, 4:12, 4:12].flatten(1, 2)
+    assert torch.equal(smaller.state_dict()["pos_embed"], middle)
+    with pytest.raises(DitkitError, match=r"cannot grow to 20 x 20: train with --model\.position-size 16"):
+        transfer(config, weights, replace(config, position_size=20).build())
+
+
+def test_what_changes_with_the_same_weights_is_said() -> None:
+    _, _, report = moved(family("pixart_tiny"), input_size=32, position_scale=2.0)
+    assert report.lines()[-1] == "position_scale 1.0 -> 2.0, with the same weights"
+    assert kinds(report) == {}
 
 
 # runs

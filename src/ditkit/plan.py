@@ -8,7 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from .config import DitkitError
 from .models import ModelConfig
 
-__all__ = ["Cost", "cost", "gmacs", "peak_bytes"]
+__all__ = ["Cost", "at_resolution", "cost", "gmacs", "peak_bytes"]
+
+
+C = TypeVar("C", bound=ModelConfig)
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,19 @@ def peak_bytes(function: Callable[[], Any]) -> int:
     return live.peak
 
 
+def at_resolution(config: C, resolution: int | None) -> C:
+    """The model on squares of this side, in the units that it diffuses; None: on its own shape.
+
+    Raises DitkitError for a resolution that patches do not tile, and for models that have none.
+    """
+    shape = config.shape
+    if resolution is not None:
+        if config.vocab or len(shape) < 3:
+            raise DitkitError(f"a model of {'tokens' if config.vocab else 'vectors'} has no resolution")
+        shape = (*shape[:-2], resolution, resolution)
+    return config.fitted(shape, getattr(config, "num_classes", 0), config.vocab)
+
+
 def cost(config: ModelConfig, *, resolution: int | None = None, batch: int = 1, dtype: str = "bf16") -> Cost:
     """The cost of a model on inputs of `resolution` (its own by default), in the units that the model diffuses.
 
@@ -101,12 +117,8 @@ def cost(config: ModelConfig, *, resolution: int | None = None, batch: int = 1, 
         raise DitkitError(f"the dtype is bf16 or fp32, not {dtype!r}")
     if batch < 1:
         raise DitkitError(f"the batch is at least 1, not {batch}")
-    shape, classes = config.shape, getattr(config, "num_classes", 0)
-    if resolution is not None:
-        if config.vocab or len(shape) < 3:
-            raise DitkitError(f"a model of {'tokens' if config.vocab else 'vectors'} has no resolution")
-        shape = (*shape[:-2], resolution, resolution)
-    config = config.fitted(shape, classes, config.vocab)
+    config = at_resolution(config, resolution)
+    shape = config.shape
     with torch.device("meta"):
         model = config.build()
     count = sum(p.numel() for p in model.parameters())

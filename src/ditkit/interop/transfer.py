@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -12,19 +13,34 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..config import DitkitError, registered_as
-from ..layers import sincos_2d
-from ..models import ImageConfig, Model, base_weights
+from ..layers import PatchOrder, sincos_2d
+from ..models import Control, ControlConfig, MMDiTConfig, Model, base_weights
 
 __all__ = ["Change", "Transfer", "patch_matrix", "transfer"]
 
 # fields in which two models may differ, as the tensors that depend on them are resized or begun anew
-_MAY_DIFFER = {
-    "input_size", "patch_size", "in_channels", "num_classes", "learn_sigma", "attn_drop", "proj_drop", "in_context_len",
-    "dropout", "null_label",
+_RESIZED = {
+    "input_size", "patch_size", "in_channels", "num_classes", "learn_sigma", "in_context_len", "null_label",
+    "given_channels", "position_size",
 }  # fmt: skip
-
+# on which no tensor depends
+_FREE = {
+    "attn_drop", "proj_drop", "dropout", "drop", "length", "text_length", "audio_length", "position_scale",
+    "scale_factor", "pattern",
+}  # fmt: skip
+_SAID = ("position_scale", "scale_factor", "pattern")
+"""Of these, what changes the output of the same weights."""
 
 _CONVOLUTIONAL_ENDS = ("input_blocks.0.0.weight", "stem.weight", "out.2.weight", "out.2.bias")
+_FIRST: dict[str, tuple[str, PatchOrder]] = {
+    "x_embedder.proj.weight": ("x_embedder.proj.bias", "cp"),  # a convolution
+    "x_embedder.proj1.weight": ("", "cp"),
+    "x_embedder.weight": ("x_embedder.bias", "pc"),
+    "img_in.weight": ("img_in.bias", "cp"),
+}
+"""Weights of layers that see patches: their biases, and the order of a patch's features there."""
+_SLOWEST_CHANNEL = {"flux", "kandinsky5"}
+"""Networks whose last layer has the features of a patch in the order "cp", not "pc"."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +65,17 @@ class Transfer:
     resized: tuple[Change, ...]
     new: tuple[Change, ...]
     left: tuple[str, ...]
+    said: tuple[str, ...] = ()
+    """What else is to be known: how a ControlNet's branch begins, what computes something else with the same weights.
+    """
 
     def lines(self) -> list[str]:
         """For a person."""
         found = [f"loaded: {len(self.loaded)} tensors as they are"]
         found += [f"resized: {change}" for change in self.resized]
         found += [f"new: {change}" for change in self.new]
-        return found + [f"left out: {name}" for name in self.left]
+        found += [f"left out: {name}" for name in self.left]
+        return found + list(self.said)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -63,14 +83,18 @@ class Transfer:
 
 
 @torch.no_grad()
-def transfer(config: Any, weights: Mapping[str, Tensor], model: Model) -> Transfer:
+def transfer(config: Any, weights: Mapping[str, Tensor], model: Model, at: str = "") -> Transfer:
     """Load `weights` of a model of `config` into `model`, which keeps its own where nothing fits.
 
-    Fixed positions are recomputed, learned ones interpolated; patches are resized so that a patch of the new size is
-    seen as the old one was (FlexiViT, Beyer et al. 2023 equation 4). Raises DitkitError, and loads nothing, for models
-    of different families, width or depth.
+    Fixed positions are recomputed, learned ones interpolated (of Stable Diffusion 3 cropped); patches are resized so
+    that a patch of the new size is seen as the old one was (FlexiViT, Beyer et al. 2023 equation 4). Weights of a plain
+    network are those of a ControlNet's base; its branch then begins anew, as copies of the blocks that were loaded
+    (Zhang et al. 2023 section 3.1). at: where in a recipe's model this one is, for messages. Raises DitkitError, and
+    loads nothing, for models of different families, width or depth.
     """
-    _check(config, model.config)
+    if isinstance(model, Control):
+        return _under_branch(config, weights, model)
+    _check(config, model.config, at)
     state: dict[str, Tensor] = model.state_dict()
     own = {name: state[here] for name, here in base_weights(state).items()}  # adapters begin as they are
     loaded: list[str] = []
@@ -93,18 +117,48 @@ def transfer(config: Any, weights: Mapping[str, Tensor], model: Model) -> Transf
             result[name] = made
     for name, value in result.items():
         own[name].copy_(value)
-    return Transfer(tuple(loaded), tuple(resized), tuple(new), tuple(sorted(set(weights) - set(own))))
+    said = [
+        f"{name} {getattr(config, name)} -> {getattr(model.config, name)}, with the same weights"
+        for name in _SAID
+        if getattr(config, name, None) != getattr(model.config, name, None)
+    ]
+    left = tuple(sorted(set(weights) - set(own)))
+    return Transfer(tuple(loaded), tuple(resized), tuple(new), left, tuple(said))
 
 
-def _check(config: Any, target: Any) -> None:
+def _under_branch(config: Any, weights: Mapping[str, Tensor], model: Control) -> Transfer:
+    """As `transfer`, for a network with a branch, of weights with the same branch or without one."""
+    whole = isinstance(config, ControlConfig)
+    if whole:
+        said = [f.name for f in fields(config) if f.name != "base"]
+        wrong = [name for name in said if getattr(config, name) != getattr(model.config, name)]
+        if wrong:
+            was, now = (getattr(c, wrong[0]) for c in (config, model.config))
+            raise DitkitError(
+                f"these are the weights of a ControlNet with {wrong[0]} {was}, and the recipe's has {now}"
+            )
+    plain = {name.removeprefix("base."): value for name, value in weights.items() if not name.startswith("control.")}
+    found = transfer(config.base if whole else config, plain, model.base, "base.")
+    blocks = f"the blocks {', '.join(map(str, model.config.places))} of the base, beside which it changes nothing yet"
+    model.restart()
+    if not whole:
+        return replace(found, said=(*found.said, f"the branch begins as copies of {blocks}"))
+    own = {f"control.{name}": value for name, value in model.control.state_dict().items()}
+    for name, value in own.items():
+        value.copy_(weights[name])
+    return replace(found, loaded=(*found.loaded, *own))
+
+
+def _check(config: Any, target: Any, at: str = "") -> None:
+    """at: where in the recipe's model the network is."""
     kinds = [registered_as(c)[1] for c in (config, target)]
     if kinds[0] != kinds[1]:
         raise DitkitError(f"these are the weights of a {kinds[0]}, and the recipe's model is a {kinds[1]}")
     wrong = [f.name for f in fields(config) if getattr(config, f.name) != getattr(target, f.name)]
-    wrong = [name for name in wrong if name not in _MAY_DIFFER]
+    wrong = [name for name in wrong if name not in _RESIZED | _FREE]
     if wrong:
         said = ", ".join(f"{name} {getattr(config, name)}, not {getattr(target, name)}" for name in wrong)
-        flags = " ".join(f"--model.{name.replace('_', '-')} {getattr(config, name)}" for name in wrong)
+        flags = " ".join(f"--model.{at}{name.replace('_', '-')} {getattr(config, name)}" for name in wrong)
         raise DitkitError(f"these are the weights of a {kinds[0]} of {said}: train with {flags}")
 
 
@@ -115,10 +169,11 @@ def _fit(name: str, given: Tensor, own: Tensor, config: Any, model: Model) -> tu
         return _labels(given, own, config, target)
     if name in _CONVOLUTIONAL_ENDS and given.shape != own.shape:
         return _ends(given, own, config, target)
-    if isinstance(config, ImageConfig):
+    found = _fit_positions(name, given, own, config, model)
+    if found is None and hasattr(config, "patch_size"):
         found = _fit_patches(name, given, own, config, target)
-        if found is not None:
-            return found
+    if found is not None:
+        return found
     if given.shape != own.shape:
         raise DitkitError(f"{name} is {list(given.shape)}, and the recipe's model needs {list(own.shape)}")
     return given, ""
@@ -150,29 +205,52 @@ def _ends(given: Tensor, own: Tensor, config: Any, target: Any) -> tuple[Tensor 
     return torch.cat((given, torch.zeros_like(given))), "the variance begins at 0"
 
 
+def _fit_positions(
+    name: str, given: Tensor, own: Tensor, config: Any, model: Model
+) -> tuple[Tensor | None, str] | None:
+    """As `_fit`, for learned or stored positions; None for other tensors."""
+    if name == "in_context_posemb" and given.shape != own.shape:
+        made = F.interpolate(given.transpose(1, 2), size=own.shape[1], mode="linear", align_corners=False)
+        return made.transpose(1, 2), "interpolated"
+    if name != "pos_embed":
+        return None
+    if isinstance(config, MMDiTConfig):
+        return _table(given, own, config, model.config)
+    return _positions(given, own, config.grid, model.config.grid)
+
+
+def _table(given: Tensor, own: Tensor, config: MMDiTConfig, target: MMDiTConfig) -> tuple[Tensor, str]:
+    """Stable Diffusion 3's table, of which an image takes the middle: the paper's (section 5.3.2) is recomputed, for it
+    depends on the size; another one, which a published file brings, is kept, or its middle."""
+    if (config.grid, config.position_size) == (target.grid, target.position_size):
+        return given, ""
+    if torch.allclose(given, config.positions().to(given), atol=1e-3):
+        return own, "fixed positions, recomputed"
+    before, after = config.position_size, target.position_size
+    if before < after:
+        raise DitkitError(
+            f"these weights bring a table of positions of {before} x {before}, which cannot grow to {after} x {after}: "
+            f"train with --model.position-size {before}"
+        )
+    first = (before - after) // 2
+    rows = slice(first, first + after)
+    made = given.unflatten(1, (before, before))[:, rows, rows].flatten(1, 2)
+    return made, "" if before == after else "the middle of the table of positions"
+
+
 def _fit_patches(name: str, given: Tensor, own: Tensor, config: Any, target: Any) -> tuple[Tensor | None, str] | None:
-    """As `_fit`, for tensors of a model of images that depend on its size, channels or patches; None for others."""
-    channels = config.in_channels == target.in_channels
-    before, after = config.patch_size, target.patch_size
-    match name:
-        case "pos_embed":
-            return _positions(given, own, config.grid, target.grid)
-        case "in_context_posemb" if given.shape != own.shape:
-            made = F.interpolate(given.transpose(1, 2), size=own.shape[1], mode="linear", align_corners=False)
-            return made.transpose(1, 2), "interpolated"
-        case "x_embedder.proj.weight" | "x_embedder.proj.bias" | "x_embedder.proj1.weight":
-            if not channels:
-                return None, f"{target.in_channels} channels instead of {config.in_channels}"
-            if name.endswith("weight") and before != after:
-                inverse = torch.linalg.pinv(patch_matrix(before, after).T)
-                made = (given.double().flatten(2) @ inverse.T).unflatten(2, (after, after))
-                return made.to(given.dtype), f"patches of {after} instead of {before}"
-        case "final_layer.linear.weight" | "final_layer.linear.bias":
-            if not channels:
-                return None, f"{target.in_channels} channels instead of {config.in_channels}"
-            if given.shape != own.shape:
-                return _features(given, own, config, target)
-    return None
+    """As `_fit`, for the layers that see patches and make them; None for others."""
+    kind, weight = registered_as(config)[1], name.endswith("weight")
+    first = name in _FIRST or name in {bias for bias, _ in _FIRST.values()}
+    if not first and name not in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        return None
+    if config.in_channels != target.in_channels:
+        return None, f"{target.in_channels} channels instead of {config.in_channels}"
+    if given.shape == own.shape and config.patch_size == target.patch_size:
+        return given, ""
+    if first:
+        return _embedder(given, own, config, target, _FIRST[name][1]) if weight else (given, "")
+    return _features(given, own, config, target, "cp" if kind in _SLOWEST_CHANNEL else "pc")
 
 
 def _positions(
@@ -195,19 +273,61 @@ def patch_matrix(before: int, after: int) -> Float[Tensor, "after*after before*b
     return resized.flatten(1).T
 
 
-def _features(given: Tensor, own: Tensor, config: Any, target: Any) -> tuple[Tensor, str]:
-    """The last layer of another patch, with or without the variance: features are patch, patch, channels."""
-    before, after, channels = config.patch_size, target.patch_size, target.in_channels
-    made = given.double().unflatten(0, (before * before, -1))
-    said = []
+def _sides(config: Any) -> tuple[int, ...]:
+    """The size of a patch along each axis."""
+    return (config.patch_size,) * 2 if isinstance(config.patch_size, int) else config.patch_size
+
+
+def _spread(x: Tensor, sides: tuple[int, ...], order: PatchOrder) -> Float[Tensor, "n c f s"]:
+    """Features [n f] of patches by channel, frame and pixel, whatever their order."""
+    frames, pixels = prod(sides[:-2]), prod(sides[-2:])
+    if order == "pc":
+        return x.unflatten(1, (frames, pixels, -1)).permute(0, 3, 1, 2)
+    return x.unflatten(1, (-1, frames, pixels))
+
+
+def _joined(x: Float[Tensor, "n c f s"], order: PatchOrder) -> Tensor:
+    """The inverse of `_spread`."""
+    return (x.permute(0, 2, 3, 1) if order == "pc" else x).flatten(1)
+
+
+def _matrix(before: tuple[int, ...], after: tuple[int, ...]) -> Tensor:
+    """`patch_matrix` of square patches. Raises DitkitError for others."""
+    if before[:-2] != after[:-2] or before[-1] != before[-2] or after[-1] != after[-2]:
+        said = " x ".join(map(str, before))
+        raise DitkitError(f"these are the weights of patches of {said}: train with --model.patch-size {said}")
+    return patch_matrix(before[-1], after[-1])
+
+
+def _embedder(given: Tensor, own: Tensor, config: Any, target: Any, order: PatchOrder) -> tuple[Tensor, str]:
+    """The layer that sees patches, for another patch, or with further channels or without."""
+    before, after, said = _sides(config), _sides(target), []
+    made = _spread(given.double().flatten(1), before, order)
     if before != after:
-        made = torch.tensordot(patch_matrix(before, after), made, dims=1)
-        said.append(f"patches of {after} instead of {before}")
-    outputs = own.shape[0] // (after * after)
+        made = made @ torch.linalg.pinv(_matrix(before, after).T).T
+        said.append(f"patches of {target.patch_size} instead of {config.patch_size}")
+    channels = own.flatten(1).shape[1] // prod(after)
+    if channels < made.shape[1]:
+        made = made[:, :channels]
+        said.append("without the given channels")
+    elif channels > made.shape[1]:
+        made = F.pad(made, (0, 0, 0, 0, 0, channels - made.shape[1]))
+        said.append("the given channels begin at 0")
+    return _joined(made, order).view(own.shape).to(given.dtype), ", ".join(said)
+
+
+def _features(given: Tensor, own: Tensor, config: Any, target: Any, order: PatchOrder) -> tuple[Tensor, str]:
+    """The layer that makes patches, for another patch, with the variance or without."""
+    before, after, said = _sides(config), _sides(target), []
+    made = _spread(given.double().view(len(given), -1).T, before, order)
+    if before != after:
+        made = made @ _matrix(before, after).T
+        said.append(f"patches of {target.patch_size} instead of {config.patch_size}")
+    outputs = own.shape[0] // prod(after)
     if outputs < made.shape[1]:
         made = made[:, :outputs]
         said.append("without the variance")
     elif outputs > made.shape[1]:
-        made = torch.cat((made, torch.zeros_like(made[:, : outputs - channels])), dim=1)
+        made = F.pad(made, (0, 0, 0, 0, 0, outputs - made.shape[1]))
         said.append("the variance begins at 0")
-    return made.flatten(0, 1).to(given.dtype), ", ".join(said)
+    return _joined(made, order).T.reshape(own.shape).to(given.dtype), ", ".join(said)

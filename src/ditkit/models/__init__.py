@@ -17,6 +17,7 @@ from .pixart import PixArt, PixArtConfig
 from .registry import ImageConfig, Model, ModelConfig, Plan, TokenConfig, create_model, list_models, model_config
 from .resnet import ResNet, ResNetConfig
 from .sana import Sana, SanaConfig
+from .sizing import Sizing, resized, size, width_unit
 from .unet import UNet, UNetConfig
 from .zimage import ZImage, ZImageConfig
 
@@ -56,6 +57,7 @@ __all__ = [
     "ResNetConfig",
     "Sana",
     "SanaConfig",
+    "Sizing",
     "TokenConfig",
     "UNet",
     "UNetConfig",
@@ -67,5 +69,8 @@ __all__ = [
     "list_models",
     "merged",
     "model_config",
+    "resized",
+    "size",
     "unadapted",
+    "width_unit",
 ]

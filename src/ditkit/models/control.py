@@ -36,6 +36,7 @@ from ..config import DitkitError, near, register, registered_as
 from ..layers import Edit, patchify, visit
 from ..rng import Rng
 from .registry import Model, Plan, at_least_one, instantiate, register_models
+from .sizing import Sizing
 from .zimage import ZImageConfig, padded
 
 __all__ = ["Control", "ControlConfig"]
@@ -59,6 +60,8 @@ class ControlConfig:
     the image where it is kept, zeros where nothing is given."""
     refiner: str = "plain"
     """none, plain, hints or double_pass, see above; none for a base without refiners of the image."""
+
+    sizing = Sizing(deep=("places",))
 
     def __post_init__(self) -> None:
         at_least_one(self, "control_channels")

@@ -53,6 +53,7 @@ from ..layers import (
 )
 from ..rng import Rng
 from .registry import ImageConfig, Model, Plan, at_least_one, given_pooled, given_text, instantiate, register_models
+from .sizing import Sizing
 
 __all__ = ["Flux", "FluxConfig"]
 
@@ -93,6 +94,8 @@ class FluxConfig(ImageConfig):
     """Shifts, scales and gates are made once for all blocks of a kind."""
     frequencies: int = 256
     """Sines and cosines of time and guidance scale."""
+
+    sizing = Sizing(deep=("single_depth",))
 
     def __post_init__(self) -> None:
         at_least_one(

@@ -41,6 +41,7 @@ from ..layers import (
 )
 from ..rng import Rng
 from .registry import ImageConfig, Model, Plan, at_least_one, check_pattern, instantiate, register_models
+from .sizing import Sizing
 
 __all__ = ["JiT", "JiTConfig"]
 
@@ -72,6 +73,8 @@ class JiTConfig(ImageConfig):
     pattern: Any = None
     """Which tiles of the image attend to which (sliding_tiles, nabla), class tokens to all; None = all, as in the
     release."""
+
+    sizing = Sizing(deep=("in_context_start",))
 
     def __post_init__(self) -> None:
         at_least_one(self, "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "bottleneck_dim")

@@ -53,6 +53,7 @@ from ..layers import (
 )
 from ..rng import Rng
 from .registry import Model, Plan, at_least_one, check_pattern, instantiate, register_models
+from .sizing import Sizing
 
 __all__ = ["Kandinsky5", "Kandinsky5Config"]
 
@@ -88,6 +89,8 @@ class Kandinsky5Config:
     images. `cond.scalars["scale_factor"]` [b 3] overrides it, sample by sample."""
     pattern: Any = None
     """Which tiles of x attend to which: Nabla(0.9) in Video Lite of 10 s, 0.7 and 0.8 in Video Pro."""
+
+    sizing = Sizing(wide=("ff_dim",))
 
     def __post_init__(self) -> None:
         at_least_one(self, "in_channels", "hidden_size", "ff_dim", "time_dim", "depth", "text_dim", "pooled_dim")

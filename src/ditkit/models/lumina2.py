@@ -44,6 +44,7 @@ from ..layers import (
 )
 from ..rng import Rng
 from .registry import ImageConfig, Model, Plan, at_least_one, given_text, instantiate, register_models
+from .sizing import Sizing
 
 __all__ = ["Lumina2", "Lumina2Config"]
 
@@ -74,6 +75,8 @@ class Lumina2Config(ImageConfig):
     """Size of a token of the caption."""
     text_length: int = 256
     """Tokens of a caption that `ditkit plan` reckons with. Any number is accepted."""
+
+    sizing = Sizing(heads=("num_heads", "kv_heads"), wide=("mlp_hidden",))
 
     def __post_init__(self) -> None:
         at_least_one(

@@ -43,6 +43,7 @@ from ..layers import (
 )
 from ..rng import Rng
 from .registry import ImageConfig, Model, Plan, at_least_one, given_pooled, given_text, instantiate, register_models
+from .sizing import Sizing
 
 __all__ = ["MMDiT", "MMDiTConfig"]
 
@@ -71,6 +72,8 @@ class MMDiTConfig(ImageConfig):
     position_size: int = 192
     """Patches in a row, and in a column, of the table of positions; an image takes its middle."""
 
+    sizing = Sizing(deep=("self_attention",))
+
     def __post_init__(self) -> None:
         at_least_one(self, "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "text_dim", "pooled_dim")
         if not 0 <= self.self_attention <= self.depth:
@@ -86,6 +89,13 @@ class MMDiTConfig(ImageConfig):
         """A text of zeros, as long as in the paper: 77 tokens of CLIP and 77 of T5."""
         text = Tokens.zeros(batch, 154, self.text_dim)
         return Conditioning(text=text, pooled=torch.zeros(batch, self.pooled_dim))
+
+    def positions(self) -> Float[Tensor, "1 m d"]:
+        """The table of section 5.3.2, "Positional Encodings for Varying Aspect Ratios": an image of `input_size` spans
+        0 to 16 whatever its resolution, the rest lies around it. A published file brings its own table."""
+        size, side = self.position_size, max(self.grid)
+        step = 16 / side
+        return sincos_2d(self.hidden_size, (size, size), start=-step * ((size - side) // 2), step=step)
 
     def build(self, seed: int = 0) -> MMDiT:
         """The network with initial weights."""
@@ -124,21 +134,14 @@ class MMDiT(Model):
         self.t_embedder = TimestepEmbedder(dim)
         self.y_embedder = VectorEmbedder(config.pooled_dim, dim)
         self.context_embedder = nn.Linear(config.text_dim, dim)
-        self.pos_embed = nn.Parameter(self.positions(), requires_grad=False)
+        self.pos_embed = nn.Parameter(config.positions(), requires_grad=False)
         self.joint_blocks = nn.ModuleList(block(config, i) for i in range(config.depth))
         self.final_layer = FinalLayer(dim, patch * patch * config.in_channels, layer_norm(dim))
-
-    def positions(self) -> Float[Tensor, "1 m d"]:
-        """The table of section 5.3.2, "Positional Encodings for Varying Aspect Ratios": an image of `input_size` spans
-        0 to 16 whatever its resolution, the rest lies around it. A published file brings its own table."""
-        size, side = self.config.position_size, max(self.config.grid)
-        step = 16 / side
-        return sincos_2d(self.config.hidden_size, (size, size), start=-step * ((size - side) // 2), step=step)
 
     def init_weights(self, rng: Rng) -> None:
         """adaLN-Zero's start, and the table of positions."""
         init_adaln_zero(self, rng.generator)
-        self.pos_embed.data = self.positions()
+        self.pos_embed.data = self.config.positions()
 
     def cropped(self, grid: Sequence[int]) -> Float[Tensor, "1 n d"]:
         """Positions of a grid of patches: the middle of the table. Raises ValueError if it is too small."""

@@ -31,6 +31,7 @@ from ..layers import (
 )
 from ..rng import Rng
 from .registry import ImageConfig, Model, Plan, at_least_one, instantiate, register_models
+from .sizing import Sizing
 
 __all__ = ["ResNet", "ResNetConfig"]
 
@@ -51,6 +52,8 @@ class ResNetConfig(ImageConfig):
     """Of the norms."""
     num_classes: int = 10
     """0 = unconditional. The null label has the index num_classes."""
+
+    sizing = Sizing(width="channels", divisors=("groups",))
 
     def __post_init__(self) -> None:
         at_least_one(self, "in_channels", "patch_size", "channels", "depth", "groups")

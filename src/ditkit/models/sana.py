@@ -44,6 +44,7 @@ from ..layers import (
 )
 from ..rng import Rng
 from .registry import ImageConfig, Model, Plan, at_least_one, given_text, instantiate, register_models
+from .sizing import Sizing
 
 __all__ = ["Sana", "SanaConfig"]
 
@@ -74,6 +75,8 @@ class SanaConfig(ImageConfig):
     """Whether it sees the guidance scale (Sprint)."""
     guidance_factor: float = 0.1
     """The guidance scale is multiplied by this before its sinusoid."""
+
+    sizing = Sizing(heads=("num_heads", "cross_heads"))
 
     def __post_init__(self) -> None:
         at_least_one(self, "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "cross_heads", "text_dim")

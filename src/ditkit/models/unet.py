@@ -38,6 +38,7 @@ from ..layers import (
 )
 from ..rng import Rng
 from .registry import Model, Plan, TiledConfig, at_least_one, instantiate, register_models
+from .sizing import Sizing
 
 __all__ = ["UNet", "UNetConfig"]
 
@@ -78,6 +79,10 @@ class UNetConfig(TiledConfig):
     """The table has a null label, with the index num_classes. False as published, without classifier-free guidance."""
     learn_sigma: bool = True
     """Predict the variance too, in as many channels again."""
+
+    sizing = Sizing(
+        width="model_channels", heads=(), divisors=("norm_groups", "num_head_channels"), depth="num_res_blocks"
+    )
 
     def __post_init__(self) -> None:
         at_least_one(self, "in_channels", "model_channels", "num_res_blocks", "norm_groups")
