@@ -444,6 +444,7 @@ def test_a_run_that_uses_it_needs_nothing_else(done: Path, own: Recipe, ditkit: 
     recipe = Run("latent").recipe()
     assert recipe.model.shape == (6, 4, 4)
     assert recipe.codec.path == str(tmp_path / "autoencoder")
+    assert recipe.codec.factor == 4
     before = TrainedAutoencoder("autoencoder").fitted(own.data.open()).state()
     shutil.rmtree("autoencoder")
     samples = load("latent", device="cpu").sample(count=2)
@@ -477,6 +478,8 @@ def test_what_is_no_autoencoder_is_refused_in_one_line(done: Path, own: Recipe, 
         TrainedAutoencoder("")
     with pytest.raises(DitkitError, match="come to its first checkpoint"):
         TrainedAutoencoder(str(tmp_path)).fitted(data)
+    assert TrainedAutoencoder(str(tmp_path)).factor == 0
+    assert TrainedAutoencoder(str(done)).factor == 4
     with pytest.raises(DitkitError, match="has not been fitted"):
         TrainedAutoencoder(str(done)).encode(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
     fitted = TrainedAutoencoder(str(done)).fitted(data)

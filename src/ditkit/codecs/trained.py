@@ -73,8 +73,11 @@ class TrainedAutoencoder:
 
     @property
     def factor(self) -> int:
-        """Pixels of an image in one latent, along a side; 0 before the file is read."""
-        return 0 if self.network is None else self.network.model.config.factor
+        """Pixels of an image in one latent, along a side; 0 where the file cannot be read, which `fitted` says."""
+        try:
+            return (self if self.network is not None else self._read())._config().factor
+        except DitkitError:
+            return 0
 
     def shape(self, sample: tuple[int, ...]) -> tuple[int, ...]:
         """Raises DitkitError for images of other channels, and for sizes that the factor does not tile."""
@@ -88,8 +91,9 @@ class TrainedAutoencoder:
 
     def fitted(self, data: Samples) -> Self:
         """With what the file holds. Raises DitkitError if it cannot be read, or is no autoencoder's."""
-        if self.network is not None:
-            return self
+        return self if self.network is not None else self._read()
+
+    def _read(self) -> Self:
         file = Path(self.path)
         if file.is_dir():
             file = file / FILE
