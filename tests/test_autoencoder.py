@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def codec(folder: Path) -> Autoencoder:
-    return Autoencoder(str(folder), scale=0.7, shift=0.3, factor=2)
+    return Autoencoder(str(folder), scale=0.7, shift=0.3, channels=4, factor=2)
 
 
 @pytest.fixture
@@ -134,8 +134,8 @@ def test_latents_may_be_normalised_by_channel(codec: Autoencoder, images: torch.
     means, stds = z.mean((0, 2, 3)).tolist(), z.std((0, 2, 3)).tolist()
     normal = replace(plain, means=tuple(means), stds=tuple(stds))
     latents = normal.encode(images)
-    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(codec.channels), rtol=0, atol=1e-4)
-    torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(codec.channels), rtol=1e-4, atol=0)
+    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-4)
+    torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), rtol=1e-4, atol=0)
     difference = normal.decode(latents).int() - plain.decode(z).int()
     assert int(difference.abs().max()) <= 1  # rounding to bytes
     for change in ({"means": (0.0,)}, {"means": tuple(means)}, {"means": tuple(means), "stds": (0.0,) * len(means)}):

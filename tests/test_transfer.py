@@ -457,7 +457,8 @@ def test_latents_train_sample_and_tune_what_diffusers_published(pictures: Path, 
 def test_a_codec_that_does_not_fit_the_pictures_is_said_before_anything_is_written(
     pictures: Path, tmp_path: Path
 ) -> None:
-    recipe = replace(latent_recipe(pictures, tmp_path), data=Folder(str(pictures), resolution=15))
+    vae = tiny_autoencoder(tmp_path / "there")
+    recipe = replace(latent_recipe(pictures, vae), data=Folder(str(pictures), resolution=15))
     with pytest.raises(DitkitError, match="sides divisible by 2"):
         train(recipe, tmp_path / "run", quiet=True)
     with pytest.raises(DitkitError, match="no folder of diffusers"):

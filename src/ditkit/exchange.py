@@ -18,7 +18,7 @@ from .averaging import decay_name
 from .codecs import Autoencoder, Pixels, TokenIds
 from .conditioners import Label
 from .conditioning import Conditioning
-from .config import DitkitError, to_json
+from .config import DitkitError, registered_as, to_json
 from .data import Elsewhere
 from .diffusion import Linear, Meaning
 from .files import atomic_write
@@ -34,7 +34,6 @@ from .interop import (
     fill,
     meta,
     read,
-    read_json,
     size_name,
     write_adapters,
 )
@@ -147,35 +146,21 @@ def _codec(found: Found, autoencoder: str | None) -> Any:
             f"{found.path} is a {found.format.title}, a network of videos, for which there is no codec yet: read it in "
             "Python with ditkit.interop.read"
         )
-    codec = Autoencoder(channels=found.config.in_channels)
+    channels = found.config.in_channels
     inside = None if found.source.folder is None else found.source.folder / "vae"
     if autoencoder is None and (inside is None or not inside.is_dir()):
-        return codec
+        return Autoencoder(scale=0.18215, shift=0.0, channels=channels, factor=8, means=(), stds=())
     folder = Path(autoencoder).expanduser() if autoencoder is not None else inside
     assert folder is not None
     if not folder.exists():
-        return replace(codec, path=str(autoencoder), download=True)
-    codec = replace(codec, path=str(folder.resolve()), **_autoencoder_settings(folder))
-    if codec.channels != found.config.in_channels:
+        return Autoencoder(str(autoencoder), download=True, channels=channels)
+    codec = Autoencoder.of(folder.resolve())
+    if codec.channels != channels:
         raise DitkitError(
-            f"{folder} makes latents of {codec.channels} channels, and the model takes {found.config.in_channels}: "
-            "give its own with --autoencoder"
+            f"{folder} makes latents of {codec.channels} channels, and the model takes {channels}: give its own with "
+            "--autoencoder"
         )
     return codec
-
-
-def _autoencoder_settings(folder: Path) -> dict[str, Any]:
-    """Scale, shift, channels and factor, as an AutoencoderKL's config.json says them."""
-    said = read_json(folder / "config.json")
-    try:
-        return {
-            "scale": float(said.get("scaling_factor", 0.18215)),
-            "shift": float(said.get("shift_factor") or 0.0),
-            "channels": int(said.get("latent_channels", 4)),
-            "factor": 2 ** (len(said.get("block_out_channels", [64])) - 1),
-        }
-    except (TypeError, ValueError) as error:
-        raise DitkitError(f"{folder / 'config.json'} is no AutoencoderKL's: {error}") from None
 
 
 def _classes(found: Found) -> tuple[str, ...]:
@@ -313,11 +298,15 @@ def _diffusers(recipe: Recipe, weights: dict[str, Tensor], out: Path, approximat
     if refusal := DIFFUSERS.refusal(config, meaning):
         raise DitkitError(refusal)
     if not isinstance(codec, Autoencoder):
-        raise DitkitError(
-            "DiTPipeline decodes latents with an AutoencoderKL, and this run has none: it works on pixels"
-        )
+        does = "it works on pixels" if isinstance(codec, Pixels) else f"its codec is {registered_as(codec)[1]}"
+        raise DitkitError(f"DiTPipeline decodes latents with an AutoencoderKL, and this run has none: {does}")
+    codec = codec if codec.shift else codec.filled()
     if codec.shift:
         raise DitkitError(f"DiTPipeline does not know a shift of latents, and this run's codec has {codec.shift}")
+    if codec.means:
+        raise DitkitError("DiTPipeline does not know statistics of channels, and this run's codec has them")
+    if (kind := type(codec.model()).__name__) != "AutoencoderKL":
+        raise DitkitError(f"DiTPipeline decodes latents with an AutoencoderKL, and this run's codec is an {kind}")
     lines = []
     if config.frequency_shift != 1:
         if not approximate:
@@ -356,7 +345,6 @@ def _diffusers(recipe: Recipe, weights: dict[str, Tensor], out: Path, approximat
 def _copy_autoencoder(codec: Autoencoder, target: Path) -> None:
     """The codec's autoencoder with the codec's scale; a folder's files as they are."""
     source = Path(codec.path).expanduser()
-    codec.model()  # that it is one, of the codec's channels and factor
     if source.is_dir():
         target.mkdir()
         for file in (source / "config.json", *source.glob("diffusion_pytorch_model*")):

@@ -26,7 +26,8 @@ def imagenet(path: str, resolution: int) -> Folder:
 
 def latents(decoder: str) -> Autoencoder:
     """Stable Diffusion's autoencoder, whose decoder is "mse" or "ema"; latents are draws, scaled by 0.18215."""
-    return Autoencoder(f"stabilityai/sd-vae-ft-{decoder}", scale=0.18215, sample=True)
+    path = f"stabilityai/sd-vae-ft-{decoder}"
+    return Autoencoder(path, scale=0.18215, shift=0.0, channels=4, factor=8, sample=True, means=(), stds=())
 
 
 def sized(name: str, **changes: Any) -> Any:

@@ -30,7 +30,16 @@ def lightningdit_xl_1(path: str) -> Recipe:
     """
     return Recipe(
         data=imagenet(path, 256),
-        codec=Autoencoder("vavae-imagenet256-f16d32-dinov2", scale=1.0, channels=32, factor=16, sample=True),
+        codec=Autoencoder(
+            "vavae-imagenet256-f16d32-dinov2",
+            scale=1.0,
+            shift=0.0,
+            channels=32,
+            factor=16,
+            sample=True,
+            means=(),
+            stds=(),
+        ),
         conditioner=Label(drop=0.1),
         model=sized("lightningdit_xl_1"),
         denoiser=Meaning(Linear(), prediction="-velocity", clock="1-t"),
