@@ -296,6 +296,7 @@ def test_what_cannot_be_trained_is_said(own: Recipe) -> None:
         ({"model": jit}, "is for an autoencoder, not JiT"),
         ({"denoiser": Meaning()}, "not a denoiser"),
         ({"objective": Regression()}, "is for a denoiser"),
+        ({"codec": Pca(factor=1, channels=3)}, "trained on pixels, not on what the codec pca makes"),
     ):
         with pytest.raises(DitkitError, match=says):
             Trainer(replace(own, **changes).fitted(data), data)
@@ -339,6 +340,29 @@ def test_training_changes_all_but_the_components_and_lowers_the_loss(own: Recipe
     for name, value in newest.tensors("model").items():
         assert torch.equal(value, before[name]) == name.startswith("components."), name
     assert run.rows()[-1]["mse"] < 0.7 * run.rows()[0]["mse"]
+
+
+def test_a_new_run_begins_with_the_weights_of_another(done: Path, own: Recipe, tmp_path: Path) -> None:
+    train(with_train(own, steps=1, lr=1e-12), tmp_path / "next", init=done, quiet=True)
+    before, after = Run(done).newest(), Run(tmp_path / "next").newest()
+    assert before is not None
+    assert after is not None
+    weights = after.tensors("model")
+    for name, value in before.tensors("ema-0.5").items():
+        assert_close(weights[name], value, atol=1e-9, rtol=1e-6)
+
+
+@pytest.mark.parametrize("holdout", [0.5, 0.1, 0.0])
+def test_a_sheet_has_originals_above_what_comes_back(done: Path, own: Recipe, holdout: float) -> None:
+    data = replace(own.data, holdout=holdout).open()
+    found = open_run(done, device="cpu")
+    assert isinstance(found, Reconstructions)
+    shown, across = found.sheet(data)
+    assert across == min(10, len(data.heldout) or len(data.train))
+    assert len(shown) % (2 * across) == 0
+    for first in range(0, len(shown), 2 * across):
+        originals, back = shown[first : first + 2 * across].split(across)
+        assert torch.equal(back, found.decode(found.encode(originals)[0]))
 
 
 def test_nothing_is_sampled_from_an_autoencoder(done: Path, ditkit: Command) -> None:

@@ -10,8 +10,8 @@ from jaxtyping import Float, UInt8
 from safetensors.torch import save
 from torch import Tensor
 
-from .codecs import trained
-from .config import DitkitError
+from .codecs import Pixels, trained
+from .config import DitkitError, registered_as
 from .data import Dataset, Split
 from .models import Autoencoder
 from .recipe import Recipe
@@ -34,7 +34,10 @@ class Reconstructions:
     """A trained autoencoder, where a run of a diffusion model has its pipeline."""
 
     def __init__(self, recipe: Recipe, model: Autoencoder, origin: str = "memory"):
-        """origin: where the weights come from, for protocols."""
+        """origin: where the weights come from, for protocols. Raises DitkitError for a codec that is not pixels."""
+        if not isinstance(recipe.codec, Pixels):
+            name = registered_as(recipe.codec)[1]
+            raise DitkitError(f"an autoencoder is trained on pixels, not on what the codec {name} makes of them")
         self.recipe, self.model, self.origin = recipe, model.eval(), origin
 
     @property

@@ -53,7 +53,7 @@ def measure_reconstructions(
         nats.append(gaussian_kl(z, log_variance, zero, zero).double().flatten(1).mean(1).cpu())
         latents.append(((z.cpu() - mean) / std).movedim(1, 3).flatten(0, 2))
         for rows in torch.arange(len(images)).split(10):
-            if sum(map(len, shown)) < 3 * SHOWN and (len(rows) == 10 or not shown):
+            if sum(map(len, shown)) < 3 * SHOWN and len(rows) == 10:
                 shown += [images[rows], found["psnr_pca"][rows], found["psnr"][rows]]
     numbers: dict[str, float | None] = {}
     size = math.prod(data.shape)
