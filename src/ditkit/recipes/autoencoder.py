@@ -13,7 +13,8 @@ __all__ = ["autoencoder"]
 def autoencoder(path: str = "") -> Recipe:
     """f8c16 with 0.9M parameters on images of 64 px: `ditkit train autoencoder`, or autoencoder:PATH for a folder.
 
-    Time and quality are in docs/autoencoder.md.
+    On emoji 47 minutes of one core; held-out images then have 30.80 dB, and through as many principal components
+    20.48 dB (docs/autoencoder.md).
     """
     return Recipe(
         data=Folder(path=path) if path else Emoji(flip=True),
