@@ -337,7 +337,7 @@ def test_what_is_no_such_autoencoder_gets_one_line(folders: dict[str, Path], tmp
 def test_one_word_on_the_command_line_is_enough(
     ditkit: Command, folders: dict[str, Path], pictures: Path, tmp_path: Path
 ) -> None:
-    words = ("--model.patch-size", "2", "--model.hidden-size", "16", "--model.depth", "1", "--model.num-heads", "2")
+    words = ("--model.hidden-size", "16", "--model.depth", "1", "--model.num-heads", "2")
     words += (
         "--model.in-context-len",
         "0",
@@ -360,4 +360,5 @@ def test_one_word_on_the_command_line_is_enough(
         recipe = Run(tmp_path / name).recipe()
         assert recipe.codec == Autoencoder(str(folders[name])).fitted(dataset(torch.zeros(1, 3, 16, 16)))
         assert recipe.model.shape == recipe.codec.shape((3, 16, 16))
+        assert recipe.model.patch_size * recipe.codec.factor == 8  # pixels, as before
         assert ditkit("sample", name, "--count", "2", "--out", f"{name}.png").returncode == 0
