@@ -20,6 +20,8 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.models.autoencoders.vq_model import VQModel
+from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel
+from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
 from diffusers.pipelines.flux.pipeline_flux_img2img import FluxImg2ImgPipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint import StableDiffusionInpaintPipeline
@@ -28,6 +30,7 @@ from torch import Tensor
 
 from ditkit.codecs import Autoencoder, Codec, autoencoder
 from ditkit.config import DitkitError, from_json, to_json
+from ditkit.exchange import import_file
 from ditkit.recipes import PUBLISHED
 from ditkit.rng import Replay
 from ditkit.runs import Run
@@ -334,10 +337,38 @@ def test_what_is_no_such_autoencoder_gets_one_line(folders: dict[str, Path], tmp
         Autoencoder.of(tmp_path / "grey").encode(images)
 
 
+@pytest.mark.parametrize(
+    ("name", "cls", "config"),
+    [
+        (
+            "sana",
+            SanaTransformer2DModel,
+            {"in_channels": 4, "out_channels": 4, "num_cross_attention_heads": 2, "cross_attention_head_dim": 8}
+            | {"cross_attention_dim": 16, "caption_channels": 8, "sample_size": 8, "attention_head_dim": 8},
+        ),
+        (
+            "flux.2",
+            Flux2Transformer2DModel,
+            {"in_channels": 12, "num_single_layers": 1, "joint_attention_dim": 16, "axes_dims_rope": (4, 4, 4, 4)}
+            | {"attention_head_dim": 16},
+        ),
+    ],
+)
+def test_a_pipeline_that_is_imported_brings_its_autoencoder(
+    name: str, cls: Any, config: dict[str, Any], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    cls(**config, patch_size=1, num_layers=1, num_attention_heads=2).save_pretrained(tmp_path / "pipe" / "transformer")
+    shutil.copytree(folders[name], tmp_path / "pipe" / "vae")
+    run, _ = import_file(tmp_path / "pipe", tmp_path / "run")
+    assert run.recipe().codec == Autoencoder.of(tmp_path / "pipe" / "vae")
+    with pytest.raises(DitkitError, match="makes latents of 16 channels, and the model takes"):
+        import_file(tmp_path / "pipe", tmp_path / "other", autoencoder=str(folders["sd3"]))
+
+
 def test_one_word_on_the_command_line_is_enough(
     ditkit: Command, folders: dict[str, Path], pictures: Path, tmp_path: Path
 ) -> None:
-    words = ("--model.patch-size", "2", "--model.hidden-size", "16", "--model.depth", "1", "--model.num-heads", "2")
+    words = ("--model.hidden-size", "16", "--model.depth", "1", "--model.num-heads", "2")
     words += (
         "--model.in-context-len",
         "0",
@@ -360,4 +391,5 @@ def test_one_word_on_the_command_line_is_enough(
         recipe = Run(tmp_path / name).recipe()
         assert recipe.codec == Autoencoder(str(folders[name])).fitted(dataset(torch.zeros(1, 3, 16, 16)))
         assert recipe.model.shape == recipe.codec.shape((3, 16, 16))
+        assert recipe.model.patch_size * recipe.codec.factor == 8  # pixels, as before
         assert ditkit("sample", name, "--count", "2", "--out", f"{name}.png").returncode == 0

@@ -23,6 +23,7 @@ from ditkit.conditioning import Conditioning
 from ditkit.config import DitkitError, from_json, to_json
 from ditkit.data import Digits, Spiral
 from ditkit.diffusion.solvers import Euler, Heun
+from ditkit.files import held
 from ditkit.models import MLPConfig
 from ditkit.pipeline import load
 from ditkit.plan import cost, gmacs
@@ -579,3 +580,18 @@ def test_a_study_that_is_stopped_goes_on_without_losing_a_step(number: int, tmp_
     assert newest is not None
     assert newest.step >= 100  # two rows of fifty steps
     assert not (tmp_path / "out" / "results").exists()
+
+
+def test_two_processes_share_a_study_and_no_cell_is_done_twice(tmp_path: Path) -> None:
+    measured: list[tuple[str, int]] = []
+    said: list[str] = []
+    study = toy(measured, seeds=(0,))
+    with held(tmp_path / "out" / "locks" / "low-0") as mine:
+        assert mine
+        (tmp_path / "out" / "study.json").write_text('{"study": "toy", "preset": "cpu"}')
+        assert compare(study, tmp_path / "out", quiet=True, say=said.append)
+        assert said[0] == "low-0: another process is at it"
+        assert measured == [("high", 0)]
+        assert not read_results(study, tmp_path / "out").complete
+    assert compare(study, tmp_path / "out", quiet=True)  # whoever had it is gone
+    assert measured == [("high", 0), ("low", 0)]

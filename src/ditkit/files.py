@@ -7,15 +7,20 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such lock
+    fcntl = None
 
 from safetensors import SafetensorError
 
 from .config import DitkitError
 
-__all__ = ["TEMPORARY", "atomic_write", "cache_folder", "reason", "sha256", "sync"]
+__all__ = ["TEMPORARY", "atomic_write", "cache_folder", "held", "reason", "sha256", "sync"]
 
 TEMPORARY = ".writing-"
 """How the names of files and folders begin that are not finished."""
@@ -65,6 +70,27 @@ def atomic_write(path: Path, content: str | bytes | Callable[[Path], Any]) -> No
             shutil.rmtree(temporary, ignore_errors=True)
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[bool]:
+    """Hold a file for this process, if no other one does: whether it is held. A kill lets go of it.
+
+    Raises DitkitError if the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise DitkitError(f"cannot write {path}: {reason(error)}") from None
+    with file:
+        free = True
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                free = False
+        yield free
 
 
 def cache_folder(given: str = "") -> Path:

@@ -21,18 +21,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such lock
-    fcntl = None
-
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .averaging import reconstruction, std_name
 from .config import DitkitError, registered_as
-from .files import TEMPORARY, atomic_write, reason, sha256, sync
+from .files import TEMPORARY, atomic_write, held, reason, sha256, sync
 from .recipe import Recipe
 
 __all__ = ["Checkpoint", "Run", "find_checkpoint", "find_run"]
@@ -183,18 +178,9 @@ class Run:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run for this process; a kill lets go of it. Raises DitkitError if another process trains it."""
-        path = self.folder / ".lock"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            file = path.open("w")
-        except OSError as error:
-            raise DitkitError(f"cannot write {path}: {reason(error)}") from None
-        with file:
-            if fcntl is not None:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError:
-                    raise DitkitError(f"another process is training {self.folder}: wait for it, or stop it") from None
+        with held(self.folder / ".lock") as mine:
+            if not mine:
+                raise DitkitError(f"another process is training {self.folder}: wait for it, or stop it")
             yield
 
     def foreign(self) -> list[str]:

@@ -138,15 +138,19 @@ def _says(words: Sequence[str], *options: str) -> bool:
 def _same_patches(before: Recipe, after: Recipe) -> Recipe:
     """With another codec, the patches that cover as many pixels as before, if there are such.
 
-    A codec's `factor` is how many pixels are in one latent along a side, 1 without one, 0 where the data says it.
+    A codec's `factor` is how many pixels are in one latent along a side, 1 without one, 0 where it cannot be read yet.
     """
     from dataclasses import replace
 
     from ..config import registered_as
 
-    old, new = (getattr(recipe.codec, "factor", 1) for recipe in (before, after))
     patch = getattr(before.model, "patch_size", None)
-    if registered_as(before.codec) == registered_as(after.codec) or not isinstance(patch, int) or not old or not new:
+    if registered_as(before.codec) == registered_as(after.codec) or not isinstance(patch, int):
+        return after
+    # some codecs read from their files what they do not say themselves
+    codecs = (getattr(recipe.codec, "filled", lambda codec=recipe.codec: codec)() for recipe in (before, after))
+    old, new = (getattr(codec, "factor", 1) for codec in codecs)
+    if not old or not new:
         return after
     pixels = patch * old
     if pixels % new or pixels == patch * new:

@@ -122,6 +122,8 @@ class Autoencoder(Stateless):
         found = {name: value for name, value in found.items() if getattr(self, name) is None}
         if self.means:
             found["shift"] = 0.0
+        if kind.output != "latent_dist":
+            found["sample"] = False
         return replace(self, **found)
 
     def shape(self, sample: tuple[int, ...]) -> tuple[int, ...]:
@@ -138,10 +140,7 @@ class Autoencoder(Stateless):
 
     def fitted(self, data: Samples) -> Self:
         """With all that its files say, so that the recipe says it. Raises DitkitError if they cannot be had."""
-        codec = self.filled()
-        if codec is not self and codec.sample and _class(self.path, self.download)[0].output != "latent_dist":
-            codec = replace(codec, sample=False)
-        return codec
+        return self.filled()
 
     @torch.no_grad()
     def encode(self, data: UInt8[Tensor, "b 3 h w"], rng: Draw | None = None) -> Float[Tensor, "b c h/f w/f"]:

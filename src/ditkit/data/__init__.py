@@ -11,6 +11,7 @@ from .folder import Folder, Unreadable, read_image
 from .moving_digits import MovingDigits
 from .spiral import Spiral
 from .text import points, prompt, strings, template
+from .twins import Twins
 
 __all__ = [
     "Batch",
@@ -25,6 +26,7 @@ __all__ = [
     "Order",
     "Spiral",
     "Split",
+    "Twins",
     "Unreadable",
     "points",
     "prompt",

@@ -3,6 +3,7 @@
 from .classifier import Classifier, train_classifier
 from .distances import Estimate, frechet_distance, kernel_distance
 from .features import Features
+from .heldout import heldout_loss
 from .measure import MEANING, Measurement, evaluate, measure_kid, sampling_protocol
 from .memorization import FMem, f_mem, memorized, within_class_distance
 from .report import bounds, curve, write_report
@@ -21,6 +22,7 @@ __all__ = [
     "evaluate",
     "f_mem",
     "frechet_distance",
+    "heldout_loss",
     "kernel_distance",
     "measure_kid",
     "memorized",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..config import DitkitError, near
+from .backbones import backbones
 from .conditioning import conditioning
 from .manifold import manifold
 from .prediction_loss import prediction_loss
@@ -29,6 +30,7 @@ __all__ = [
 PRESETS = ("cpu", "full")
 
 _NAMED: dict[str, Callable[[str], Study]] = {
+    "backbones": backbones,
     "conditioning": conditioning,
     "manifold": manifold,
     "prediction-loss": prediction_loss,

@@ -11,19 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from ..data import Digits, Folder
 from ..diffusion import Heun, LogitNormal, Meaning, Regression
-from ..evaluation import measure_kid
+from ..evaluation import heldout_loss, measure_kid
 from ..models import DiTConfig
-from ..pipeline import Pipeline, load
+from ..pipeline import load
 from ..plan import gmacs
 from ..recipe import Evaluate, Recipe, Sample, Train
 from ..recipes.dit import STEPS, dit_xl_2
 from ..recipes.imagenet import latents
 from ..report import Picture, Section, Table, Value, number, panels
-from ..rng import Rng
 from ..sheet import sheet
 from .study import Cell, Claim, Finding, Results, Study
 
@@ -98,7 +95,7 @@ def _measure(folder: Path, cell: Cell, seed: int) -> Finding:
     model = pipeline.recipe.model
     numbers = {
         **{k: v for k, v in found.numbers.items() if v is not None},
-        "loss": _heldout_loss(pipeline),
+        "loss": heldout_loss(pipeline),
         "gmacs": gmacs(model, model.shape),
         "parameters": float(sum(p.numel() for p in pipeline.model.parameters() if p.requires_grad)),
     }
@@ -108,19 +105,6 @@ def _measure(folder: Path, cell: Cell, seed: int) -> Finding:
         "gmacs": "one forward pass of one sample",
     }
     return Finding(numbers, protocol, found.images)
-
-
-@torch.no_grad()
-def _heldout_loss(pipeline: Pipeline) -> float:
-    """The loss on held-out images, with the same times and noise for every network."""
-    recipe, split, rng = pipeline.recipe, pipeline.recipe.data.open().heldout, Rng(0)
-    total, count = 0.0, min(1000, len(split))
-    for ids in torch.arange(count).split(100):
-        batch, draws = split.batch(ids), rng.at(0, ids.to(pipeline.device))
-        cond = recipe.conditioner(batch.given).to(pipeline.device)
-        x0 = recipe.codec.encode(batch.data.to(pipeline.device), draws)
-        total += float(recipe.objective.loss(pipeline.denoiser, x0, cond, draws).total.sum())
-    return total / count
 
 
 def _ordered(results: Results, name: str) -> list[tuple[float, str]]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..config import DitkitError, NotFinite, differences, from_json, to_json
-from ..files import atomic_write
+from ..files import atomic_write, held
 from ..recipe import Recipe
 from ..report import Listing, Report, Section, Table, number, provenance, write
 from ..runs import Run
@@ -36,36 +36,49 @@ _SHOWN = 100  # samples that are kept of a cell
 def compare(
     study: Study, folder: str | Path, *, quiet: bool = False, say: Callable[[str], None] = lambda line: None
 ) -> bool:
-    """Train and measure what is missing, seed by seed. True if the study is complete.
+    """Train and measure what is missing, seed by seed. True if nothing is left to do here.
 
-    False: SIGTERM or Ctrl-C came while a cell was trained; the same call goes on from there, and no finished cell is
-    done again. A cell whose loss or samples are not finite is finished, too: that is its result. say: gets a line for
-    each cell. Raises DitkitError for a folder that holds something else.
+    Several processes may work on one folder: each takes what no other has. False: SIGTERM or Ctrl-C came while a cell
+    was trained; the same call goes on from there, and no finished cell is done again. A cell whose loss or samples are
+    not finite is finished, too: that is its result. say: gets a line for each cell. Raises DitkitError for a folder
+    that holds something else.
     """
     out = Path(folder)
     _claim(study, out)
-    done = set(read_results(study, out).found)
+    read_results(study, out)  # what is there must be of these recipes
     for seed in study.seeds:
         for cell in study.cells:
-            if (cell.name, seed) in done:
+            recipe, name = replace(cell.recipe, seed=seed), f"{cell.name}-{seed}"
+            if _result(out, cell, seed).exists():
                 continue
-            begun = time.perf_counter()
-            recipe = replace(cell.recipe, seed=seed)
-            run = out / "runs" / f"{cell.folder}-{seed}"
-            try:
-                if not _trained(run, recipe) and not train(recipe, run, quiet=quiet):
+            with held(out / "locks" / f"{cell.folder}-{seed}") as mine:
+                if not mine:
+                    say(f"{name}: another process is at it")
+                elif not _result(out, cell, seed).exists() and not _one(study, out, cell, recipe, quiet, say):
                     return False
-                found = study.measure(run, replace(cell, recipe=recipe), seed)
-            except NotFinite as error:
-                found = Finding({}, {}, diverged=str(error))
-            _store(out, cell, recipe, found, time.perf_counter() - begun)
-            done.add((cell.name, seed))
-            numbers = ", ".join(
-                f"{k} {number(v)}" for k, v in found.numbers.items() if not k.endswith(("_error", "seconds"))
-            )
-            became = f"diverged ({found.diverged})" if found.diverged else numbers
-            say(f"{len(done)}/{study.total} {cell.name}, seed {seed}: {became}")
     return True
+
+
+def _one(study: Study, out: Path, cell: Cell, recipe: Recipe, quiet: bool, say: Callable[[str], None]) -> bool:
+    """Train and measure one cell with one seed. False: it was stopped."""
+    begun = time.perf_counter()
+    run = out / "runs" / f"{cell.folder}-{recipe.seed}"
+    try:
+        if not _trained(run, recipe) and not train(recipe, run, quiet=quiet):
+            return False
+        found = study.measure(run, replace(cell, recipe=recipe), recipe.seed)
+    except NotFinite as error:
+        found = Finding({}, {}, diverged=str(error))
+    _store(out, cell, recipe, found, time.perf_counter() - begun)
+    done = sum(_result(out, c, s).exists() for c in study.cells for s in study.seeds)
+    numbers = ", ".join(f"{k} {number(v)}" for k, v in found.numbers.items() if not k.endswith(("_error", "seconds")))
+    became = f"diverged ({found.diverged})" if found.diverged else numbers
+    say(f"{done}/{study.total} {cell.name}, seed {recipe.seed}: {became}")
+    return True
+
+
+def _result(out: Path, cell: Cell, seed: int) -> Path:
+    return out / "results" / f"{cell.name}-{seed}.json"
 
 
 def _claim(study: Study, out: Path) -> None:
@@ -112,7 +125,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _store(out: Path, cell: Cell, recipe: Recipe, found: Finding, seconds: float) -> None:
     """The samples first: a result that is there is complete."""
-    path = out / "results" / f"{cell.name}-{recipe.seed}.json"
+    path = _result(out, cell, recipe.seed)
     if found.samples is not None:
         atomic_write(path.with_suffix(".npy"), rendered(found.samples[:_SHOWN], ".npy"))
     content = {
@@ -130,7 +143,7 @@ def read_results(study: Study, folder: str | Path) -> Results:
     found: dict[tuple[str, int], Finding] = {}
     for seed in study.seeds:
         for cell in study.cells:
-            path = Path(folder) / "results" / f"{cell.name}-{seed}.json"
+            path = _result(Path(folder), cell, seed)
             if not path.exists():
                 continue
             content = _json(path)
