@@ -33,7 +33,7 @@ from .memorization import f_mem, within_class_distance
 from .reconstruction import measure_reconstructions
 from .texts import Nearest, bits_per_character, nearest_texts, ratio, share, unigram_bits, valid
 
-__all__ = ["MEANING", "Measurement", "blurred", "evaluate", "measure_kid", "sampling_protocol"]
+__all__ = ["MEANING", "Measurement", "blurred", "codec_kid", "evaluate", "measure_kid", "sampling_protocol"]
 
 MEANING = {
     "class_accuracy": "share of samples that a classifier, trained on the real data, sees as the class asked for",
@@ -289,6 +289,15 @@ def measure_kid(path: str | Path, *, seed: int = 0, device: str = "auto", **sett
     protocol |= {"reference": f"held-out part of {source}", "reference_images": len(reference)}
     protocol |= {"features": _features_protocol(features), **provenance()}
     return Measurement({"kid": estimate.value, "kid_error": estimate.error}, protocol, (), images, labels)
+
+
+def codec_kid(pipeline: Pipeline) -> float:
+    """The kernel distance of held-out images to themselves after the codec: what a perfect network would give."""
+    recipe = pipeline.recipe
+    features, reference, _ = _reference(recipe.data, recipe.evaluate.size, str(pipeline.device))
+    split = recipe.data.open().heldout
+    images = _samples(split, len(split))[0].to(pipeline.device)
+    return kernel_distance(features(recipe.codec.decode(recipe.codec.encode(images)).cpu()), reference).value
 
 
 @functools.lru_cache(maxsize=4)
