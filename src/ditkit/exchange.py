@@ -41,7 +41,7 @@ from .models import LoRAConfig, Model, UNetConfig, unadapted
 from .recipe import Recipe, Sample, Train
 from .runs import Checkpoint, Run, find_run
 
-__all__ = ["export_run", "import_file"]
+__all__ = ["export_run", "import_file", "imported", "new_run", "write_run"]
 
 _TABLE = "y_embedder.embedding_table.weight"
 
@@ -64,10 +64,38 @@ def import_file(
     folder or hub name for models of latents. options: what shapes do not tell, such as {"num_heads": 6}. Raises
     DitkitError for a file that is not whole and right, and for a folder that is not empty.
     """
+    run = new_run(path, out)
+    recipe, groups, lines = imported(path, name=name, weights=weights, autoencoder=autoencoder, options=options)
+    write_run(run, recipe, groups, lines)
+    return run, lines
+
+
+def new_run(path: str | Path, out: str | Path | None) -> Run:
+    """The run that a file becomes, in runs/ by its name. Raises DitkitError for a folder that is not empty."""
     path = Path(path)
     run = Run(out if out is not None else Path("runs") / (path.stem or path.resolve().name))
     if run.foreign():
         raise DitkitError(f"{run.folder} is not empty: choose another --out")
+    return run
+
+
+def write_run(run: Run, recipe: Recipe, groups: Mapping[str, Mapping[str, Tensor]], lines: list[str]) -> None:
+    """Write it with one checkpoint, of no step."""
+    state = {"log": {"sums": {}, "count": 0, "seconds": 0.0}, "data": None, "torch": torch.__version__}
+    with run.locked():
+        run.save(0, to_json(recipe), groups, {**state, "imported": lines})
+        run.begin(recipe)
+
+
+def imported(
+    path: str | Path,
+    *,
+    name: str | None = None,
+    weights: str | None = None,
+    autoencoder: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> tuple[Recipe, dict[str, Mapping[str, Tensor]], list[str]]:
+    """A published checkpoint as a recipe, with the one group of weights that it samples with; and what was found."""
     found = read(path, FORMATS, name=name, weights=weights, options=options).whole()
     codec = _codec(found, autoencoder)
     group = decay_name(found.decay) if found.decay else "model"
@@ -81,12 +109,7 @@ def import_file(
         train=Train(emas=(found.decay or 0.9999,)),
         sample=Sample(**found.format.sampling(found.config), ema=None if found.decay else 0.0),
     )
-    lines = _said(found, codec)
-    state = {"log": {"sums": {}, "count": 0, "seconds": 0.0}, "data": None, "torch": torch.__version__}
-    with run.locked():
-        run.save(0, to_json(recipe), {group: found.weights}, {**state, "imported": lines})
-        run.begin(recipe)
-    return run, lines
+    return recipe, {group: found.weights}, _said(found, codec)
 
 
 def _said(found: Found, codec: Any) -> list[str]:

@@ -28,7 +28,8 @@ from .diffusion import (
     integrate,
     keep,
 )
-from .models import Autoencoder, ControlConfig, Model
+from .interop import FORMATS, adapted
+from .models import Autoencoder, ControlConfig, Model, unadapted
 from .recipe import Recipe, Sample, device_of
 from .reconstructions import Reconstructions
 from .rng import Rng
@@ -369,10 +370,18 @@ def open_run(
     ema_std: float | None = None,
     device: str = "auto",
     dtype: str = "fp32",
+    lora: Sequence[str | Path] = (),
+    lora_scale: float = 1.0,
 ) -> Pipeline | Reconstructions:
     """As `load`, also for runs that nothing can be sampled from."""
     checkpoint, recipe = find_run(run_or_checkpoint, ema, ema_std)
     weights, name = checkpoint.chosen(recipe)
+    if lora:
+        config, weights = unadapted(recipe.model, weights)
+        recipe = dataclasses.replace(recipe, model=config)
+    for file in lora:
+        weights = adapted(file, FORMATS, recipe.model, weights, lora_scale)
+        name += f" + {lora_scale:g} {Path(file).name}"
     with torch.device("meta"):
         model = recipe.model.build()
     try:
@@ -393,15 +402,21 @@ def load(
     ema_std: float | None = None,
     device: str = "auto",
     dtype: str = "fp32",
+    lora: str | Path | Sequence[str | Path] = (),
+    lora_scale: float = 1.0,
 ) -> Pipeline:
     """The pipeline of a run folder (its newest checkpoint) or of one checkpoint.
 
     ema: which averaged weights, None = those of the recipe (the first), 0 = the weights themselves. ema_std: a
     power-function average of this length instead, made from the run's snapshots where it was not tracked. dtype: fp32,
-    or bf16 for the network alone (the solver stays in float32). Raises DitkitError for a missing, damaged or foreign
-    folder, and for the run of an autoencoder.
+    or bf16 for the network alone (the solver stays in float32). lora: files of adapters as diffusers and peft write
+    them, added to the weights with the factor `lora_scale`; of a ControlNet, to those of its base. Raises DitkitError
+    for a missing, damaged or foreign folder, for the run of an autoencoder, and for adapters of another network.
     """
-    found = open_run(run_or_checkpoint, ema=ema, ema_std=ema_std, device=device, dtype=dtype)
+    files = (lora,) if isinstance(lora, str | Path) else tuple(lora)
+    found = open_run(
+        run_or_checkpoint, ema=ema, ema_std=ema_std, device=device, dtype=dtype, lora=files, lora_scale=lora_scale
+    )
     if isinstance(found, Reconstructions):
         found.sample()
     return found

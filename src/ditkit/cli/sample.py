@@ -56,6 +56,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="sample i depends on the seed, i and its label alone")
     parser.add_argument("--ema", type=float, help="decay of the averaged weights to use, 0 = the weights themselves")
     parser.add_argument("--ema-std", type=float, help="length of a power-function average to use, as 0.07")
+    parser.add_argument(
+        "--lora", nargs="+", default=(), metavar="FILE", help="adapters as diffusers and peft write them, added up"
+    )
+    parser.add_argument("--lora-scale", type=float, default=1.0, help="their strength (default: 1)")
     parser.add_argument("--batch", type=int, help="samples computed at once")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--dtype", default="fp32", help="fp32, or bf16 for the network (default: fp32)")
@@ -87,7 +91,8 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from ..pipeline import load
     from ..sheet import beside, rendered, suffix
 
-    pipeline = load(args.run, ema=args.ema, ema_std=args.ema_std, device=args.device, dtype=args.dtype)
+    how = {name: getattr(args, name) for name in ("ema", "ema_std", "device", "dtype", "lora", "lora_scale")}
+    pipeline = load(args.run, **how)
     names = ("steps", "solver", "grid", "batch", "control_scale")
     given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     settings = {**given, **guidance_settings(args)}

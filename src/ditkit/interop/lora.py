@@ -14,10 +14,10 @@ from ..config import DitkitError, registered_as
 from ..models import ControlConfig, LoRAConfig, adapters, merged
 from .dit import DIFFUSERS
 from .format import Format, meta
-from .source import Source, open_source
+from .source import open_source
 from .table import Pair
 
-__all__ = ["adapted", "find_adapters", "holds_adapters", "read_adapters", "write_adapters"]
+__all__ = ["adapted", "find_adapters", "read_adapters", "write_adapters"]
 
 _NAME = re.compile(r"(?:transformer\.|base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight")
 _PREFIX = "transformer."
@@ -93,11 +93,6 @@ def read_adapters(form: Format, base: Any, tensors: Mapping[str, Tensor]) -> tup
     return LoRAConfig(base, rank, float(rank), targets), result
 
 
-def holds_adapters(source: Source) -> bool:
-    """Whether a file holds adapters as diffusers and peft name them."""
-    return any(_NAME.fullmatch(name) for group in source.groups.values() for name in group)
-
-
 def find_adapters(
     path: str | Path, formats: Sequence[Format], base: Any
 ) -> tuple[LoRAConfig, dict[str, Tensor], Format]:
@@ -107,7 +102,7 @@ def find_adapters(
     Raises DitkitError, which names the file, for one that holds none, or those of another network.
     """
     source = open_source(path)
-    if not holds_adapters(source):
+    if not source.adapters:
         raise DitkitError(f"{path} holds no adapters of low rank as diffusers and peft name them (NAME.lora_A.weight)")
     forms = [form for form in formats if isinstance(base, form.model) and not form.part]
     if not forms:
