@@ -125,6 +125,19 @@ def test_parts_that_do_not_fit_are_one_line(
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("channels", "path"), [(4, "stabilityai/sd-vae-ft-mse"), (16, "./vae")])
+def test_a_model_without_its_autoencoder_is_not_given_another_ones(channels: int, path: str, tmp_path: Path) -> None:
+    recipe = find_recipe("z_image_tiny")
+    model = replace(recipe.model, in_channels=channels)
+    save(Z_IMAGE, model.build(), recipe.denoiser, tmp_path / "model.safetensors")
+    run, lines = import_file(tmp_path / "model.safetensors", tmp_path / "run", options=z_options(recipe))
+    assert run.recipe().codec.path == path
+    own = "have 16 channels and are not Stable Diffusion's: to sample, give its own autoencoder" in "".join(lines)
+    assert own == (channels == 16)
+    with pytest.raises(DitkitError, match="autoencoder"):
+        run.recipe().codec.decode(torch.zeros(1, channels, 4, 4))
+
+
 # adapters
 
 

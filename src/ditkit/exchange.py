@@ -44,6 +44,8 @@ from .runs import Checkpoint, Run, find_run
 __all__ = ["export_run", "import_file", "imported", "new_run", "write_run"]
 
 _TABLE = "y_embedder.embedding_table.weight"
+_OWN = "./vae"
+"""Stands for an autoencoder that did not come with a model."""
 
 
 # import
@@ -137,7 +139,12 @@ def _said(found: Found, codec: Any) -> list[str]:
         lines.append(f"the file also holds {', '.join(g for g in found.source.groups if g != found.group)}: --weights")
     if found.alike:
         lines.append(f"{' and '.join(found.alike)} has the same names and shapes: if it is that, say --as")
-    if isinstance(codec, Autoencoder) and not codec.download and not Path(codec.path).exists():
+    if isinstance(codec, Autoencoder) and codec.path == _OWN:
+        lines.append(
+            f"its latents have {codec.channels} channels and are not Stable Diffusion's: to sample, give its own "
+            "autoencoder, the folder vae of its pipeline, with --autoencoder"
+        )
+    elif isinstance(codec, Autoencoder) and not codec.download and not Path(codec.path).exists():
         lines.append(
             f"nothing was downloaded: to sample, get {codec.path} (hf download {codec.path}), or --autoencoder"
         )
@@ -155,7 +162,7 @@ def _described(config: Any) -> str:
 
 def _codec(found: Found, autoencoder: str | None) -> Any:
     """Pixels for JiT and ADM, the numbers of tokens where it is made of them; otherwise the autoencoder that is given,
-    that lies in the folder, or Stable Diffusion's."""
+    that lies in the folder, or, of 4 channels, Stable Diffusion's; of others none that could be named."""
     if found.config.vocab:
         if autoencoder is not None:
             raise DitkitError(f"a {found.format.name} works on tokens: leave out --autoencoder")
@@ -172,6 +179,8 @@ def _codec(found: Found, autoencoder: str | None) -> Any:
     channels = found.config.in_channels
     inside = None if found.source.folder is None else found.source.folder / "vae"
     if autoencoder is None and (inside is None or not inside.is_dir()):
+        if channels != 4:
+            return Autoencoder(_OWN, channels=channels)
         return Autoencoder(scale=0.18215, shift=0.0, channels=channels, factor=8, means=(), stds=())
     folder = Path(autoencoder).expanduser() if autoencoder is not None else inside
     assert folder is not None
