@@ -244,25 +244,22 @@ def test_from_the_command_line(base: Path, tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.slow
 def test_a_branch_lowers_the_loss_and_samples_follow_the_edges(tmp_path: Path) -> None:
-    """400 steps of the base and 200 of the branch."""
-    base = digits_dit()
-    short = replace(base.train, steps=400, warmup=50, cooldown=200, sample_every=0, checkpoint_every=400)
-    train(replace(base, train=short), tmp_path / "base", quiet=True)
+    """The recipes of docs/control.md: there the loss fell from 0.2175 to 0.0747, and F1 was 0.995, without control
+    0.783."""
+    train(digits_dit(), tmp_path / "base", quiet=True)
     train(control(str(tmp_path / "base")), tmp_path / "run", init=tmp_path / "base", quiet=True)
     rows = [row["loss"] for row in Run(tmp_path / "run").rows()]
-    first, last = rows[0], sum(rows[-5:]) / 5
+    assert rows[0] / (sum(rows[-10:]) / 10) > 2.5
     pipeline, held = ditkit.load(tmp_path / "run"), Digits().open().heldout
-    labels, images = pipeline.like(held, 60)
-    assert images is not None
-    found = {}
-    for scale in (0.0, 0.5, 1.0):
-        samples = pipeline.sample(labels, 60, control=images, control_scale=scale, steps=6)
-        found[scale] = edge_agreement(pipeline.controls(samples), images).value
-    real = held.batch(torch.arange(60) * len(held) // 60).data
+    labels, images = pipeline.like(held, 200)
+    real = held.batch(torch.arange(200) * len(held) // 200).data
     assert torch.equal(pipeline.controls(real), images)
-    print(first, last, found)
-    assert first / last > 1.0
-    assert found[1.0] > found[0.5] > found[0.0]
+    found = {}
+    for scale in (0.0, 1.0):
+        samples = pipeline.sample(labels, 200, control=images, control_scale=scale, steps=8)
+        found[scale] = edge_agreement(pipeline.controls(samples), images).value
+    assert found[0.0] < 0.85
+    assert found[1.0] > 0.97
 
 
 def test_edge_agreement_is_an_f1_within_a_pixel() -> None:
