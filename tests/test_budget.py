@@ -36,7 +36,7 @@ SMALL: dict[str, ModelConfig] = {
     "kandinsky5": model_config("kandinsky5_tiny"),
     "lightningdit": model_config("lightningdit_b_2", hidden_size=192, num_heads=3, depth=4),
     "lora": LoRAConfig(model_config("dit_s_8", depth=4), rank=2),
-    "lumina2": model_config("lumina2_tiny", depth=8),
+    "lumina2": model_config("lumina2_tiny", depth=8, refiner_depth=1, text_length=20),
     "mlp": MLPConfig(hidden_size=64),
     "mmdit": model_config("mmdit_tiny"),
     "pixart": model_config("pixart_tiny"),
@@ -50,7 +50,10 @@ DIT, JIT = SMALL["dit"], SMALL["jit"]
 
 
 def test_every_family_is_there() -> None:
-    assert sorted(SMALL) == names("model")
+    assert {*SMALL, "autoencoder"} == set(names("model"))
+    autoencoder = lookup("model", "autoencoder")()
+    with pytest.raises(DitkitError, match="the model autoencoder has no one width and depth"):
+        match(autoencoder, autoencoder.shape, params=1e6)
     assert all(type(config) is lookup("model", name) for name, config in SMALL.items())
 
 

@@ -16,7 +16,6 @@ from ditkit.cli.configs import named
 from ditkit.codecs import Autoencoder, Characters, Codec, Pca, Pixels, TokenIds, Vectors
 from ditkit.config import DitkitError, from_json, to_json
 from ditkit.data import Dataset, Digits, InMemory
-from ditkit.evaluation import evaluate
 from ditkit.models import JiTConfig
 from ditkit.pipeline import load
 from ditkit.recipe import Recipe
@@ -279,17 +278,6 @@ def test_the_digits_in_their_components_on_the_command_line(ditkit: Command, tmp
     recipe = Run(tmp_path / "run").recipe()
     assert (recipe.codec, recipe.model.patch_size, recipe.model.shape) == (Pca(), 1, (16, 7, 7))
     assert ditkit("sample", "run", "--count", "2", "--out", "x.png").returncode == 0
-
-
-@pytest.mark.slow
-def test_digits_drawn_from_components_are_digits(ditkit: Command, tmp_path: Path) -> None:
-    words = ("--train.steps", "800", "--train.cooldown", "400", "--train.sample-every", "0")
-    done = ditkit("train", "digits", "--codec", "pca", *words, "--out", "run", "--quiet")
-    assert done.returncode == 0, done.stderr
-    found = evaluate(tmp_path / "run", samples=200, device="cpu").numbers
-    accuracy = found["class_accuracy"]
-    assert accuracy is not None
-    assert accuracy > 0.8
 
 
 def test_a_value_behind_the_name_of_a_codec(ditkit: Command, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 __all__ = ["Conditioning", "Given", "Known", "Tokens", "cat"]
@@ -55,6 +55,8 @@ class Given:
     label: Int[Tensor, "b"] | None = None
     text: Int[Tensor, "b l"] | None = None
     """Code points, filled up with 0."""
+    data: Shaped[Tensor, "b *sample"] | None = None
+    """The samples themselves, in training: control images are made of them."""
 
 
 @dataclass(frozen=True)

@@ -41,9 +41,11 @@ from .models import LoRAConfig, Model, UNetConfig, unadapted
 from .recipe import Recipe, Sample, Train
 from .runs import Checkpoint, Run, find_run
 
-__all__ = ["export_run", "import_file"]
+__all__ = ["export_run", "import_file", "imported", "new_run", "write_run"]
 
 _TABLE = "y_embedder.embedding_table.weight"
+_OWN = "./vae"
+"""Stands for an autoencoder that did not come with a model."""
 
 
 # import
@@ -64,10 +66,38 @@ def import_file(
     folder or hub name for models of latents. options: what shapes do not tell, such as {"num_heads": 6}. Raises
     DitkitError for a file that is not whole and right, and for a folder that is not empty.
     """
+    run = new_run(path, out)
+    recipe, groups, lines = imported(path, name=name, weights=weights, autoencoder=autoencoder, options=options)
+    write_run(run, recipe, groups, lines)
+    return run, lines
+
+
+def new_run(path: str | Path, out: str | Path | None) -> Run:
+    """The run that a file becomes, in runs/ by its name. Raises DitkitError for a folder that is not empty."""
     path = Path(path)
     run = Run(out if out is not None else Path("runs") / (path.stem or path.resolve().name))
     if run.foreign():
         raise DitkitError(f"{run.folder} is not empty: choose another --out")
+    return run
+
+
+def write_run(run: Run, recipe: Recipe, groups: Mapping[str, Mapping[str, Tensor]], lines: list[str]) -> None:
+    """Write it with one checkpoint, of no step."""
+    state = {"log": {"sums": {}, "count": 0, "seconds": 0.0}, "data": None, "torch": torch.__version__}
+    with run.locked():
+        run.save(0, to_json(recipe), groups, {**state, "imported": lines})
+        run.begin(recipe)
+
+
+def imported(
+    path: str | Path,
+    *,
+    name: str | None = None,
+    weights: str | None = None,
+    autoencoder: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> tuple[Recipe, dict[str, Mapping[str, Tensor]], list[str]]:
+    """A published checkpoint as a recipe, with the one group of weights that it samples with; and what was found."""
     found = read(path, FORMATS, name=name, weights=weights, options=options).whole()
     codec = _codec(found, autoencoder)
     group = decay_name(found.decay) if found.decay else "model"
@@ -81,12 +111,7 @@ def import_file(
         train=Train(emas=(found.decay or 0.9999,)),
         sample=Sample(**found.format.sampling(found.config), ema=None if found.decay else 0.0),
     )
-    lines = _said(found, codec)
-    state = {"log": {"sums": {}, "count": 0, "seconds": 0.0}, "data": None, "torch": torch.__version__}
-    with run.locked():
-        run.save(0, to_json(recipe), {group: found.weights}, {**state, "imported": lines})
-        run.begin(recipe)
-    return run, lines
+    return recipe, {group: found.weights}, _said(found, codec)
 
 
 def _said(found: Found, codec: Any) -> list[str]:
@@ -114,7 +139,12 @@ def _said(found: Found, codec: Any) -> list[str]:
         lines.append(f"the file also holds {', '.join(g for g in found.source.groups if g != found.group)}: --weights")
     if found.alike:
         lines.append(f"{' and '.join(found.alike)} has the same names and shapes: if it is that, say --as")
-    if isinstance(codec, Autoencoder) and not codec.download and not Path(codec.path).exists():
+    if isinstance(codec, Autoencoder) and codec.path == _OWN:
+        lines.append(
+            f"its latents have {codec.channels} channels and are not Stable Diffusion's: to sample, give its own "
+            "autoencoder, the folder vae of its pipeline, with --autoencoder"
+        )
+    elif isinstance(codec, Autoencoder) and not codec.download and not Path(codec.path).exists():
         lines.append(
             f"nothing was downloaded: to sample, get {codec.path} (hf download {codec.path}), or --autoencoder"
         )
@@ -132,7 +162,7 @@ def _described(config: Any) -> str:
 
 def _codec(found: Found, autoencoder: str | None) -> Any:
     """Pixels for JiT and ADM, the numbers of tokens where it is made of them; otherwise the autoencoder that is given,
-    that lies in the folder, or Stable Diffusion's."""
+    that lies in the folder, or, of 4 channels, Stable Diffusion's; of others none that could be named."""
     if found.config.vocab:
         if autoencoder is not None:
             raise DitkitError(f"a {found.format.name} works on tokens: leave out --autoencoder")
@@ -149,6 +179,8 @@ def _codec(found: Found, autoencoder: str | None) -> Any:
     channels = found.config.in_channels
     inside = None if found.source.folder is None else found.source.folder / "vae"
     if autoencoder is None and (inside is None or not inside.is_dir()):
+        if channels != 4:
+            return Autoencoder(_OWN, channels=channels)
         return Autoencoder(scale=0.18215, shift=0.0, channels=channels, factor=8, means=(), stds=())
     folder = Path(autoencoder).expanduser() if autoencoder is not None else inside
     assert folder is not None

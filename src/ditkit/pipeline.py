@@ -10,12 +10,12 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Shaped
+from jaxtyping import Shaped, UInt8
 from torch import Tensor
 
-from .conditioning import Given, Known
+from .conditioning import Conditioning, Given, Known
 from .config import DitkitError, NotFinite, near, registered_as
-from .data import Dataset
+from .data import Dataset, Split
 from .diffusion import (
     Autoguidance,
     ClassifierFree,
@@ -28,11 +28,13 @@ from .diffusion import (
     integrate,
     keep,
 )
-from .models import Autoencoder, Model
+from .interop import FORMATS, adapted
+from .models import Autoencoder, ControlConfig, Model, unadapted
 from .recipe import Recipe, Sample, device_of
 from .reconstructions import Reconstructions
 from .rng import Rng
 from .runs import find_run
+from .sheet import beside
 
 __all__ = ["Pipeline", "load", "open_run", "trained"]
 
@@ -49,6 +51,15 @@ def _broadcasts(mask: Sequence[int], values: Sequence[int]) -> bool:
     first = 2 if len(values) > 2 else 1
     same = all(m in (1, v) for m, v in zip(mask[:first], values[:first], strict=True))
     return same and tuple(mask[first:]) == tuple(values[first:])
+
+
+_NOTHING = Conditioning()
+
+
+def _joined(cond: Conditioning, parts: Conditioning) -> Conditioning:
+    """What a person gives of the samples themselves beside what the conditioner makes."""
+    scalars = {**cond.scalars, **parts.scalars}
+    return dataclasses.replace(cond, known=parts.known, control=parts.control, scalars=scalars)
 
 
 class Pipeline:
@@ -75,6 +86,7 @@ class Pipeline:
         count: int = 16,
         *,
         known: Known | None = None,
+        control: UInt8[Tensor, "*n c h w"] | None = None,
         seed: int = 0,
         progress: Callable[[int, int], None] | None = None,
         **settings: Any,
@@ -85,10 +97,13 @@ class Pipeline:
         depends on (seed, i), its label and what is known of it alone, not on `count` or on the batch. known: a part of
         the sample that is given, in the form of the data, for all [*sample] or for each [count *sample]; the rest is
         drawn, and what stands in `known.values` where `known.mask` is False changes nothing. Latents are known where
-        all pixels are that the mask has for them. settings: fields of `Sample` that differ from the recipe's, such as
-        steps=20, guidance=2.0. progress(done, total) counts solver steps. Raises DitkitError.
+        all pixels are that the mask has for them. control: a control image in the form of the data for all samples, or
+        one for each; without it a ControlNet is its base. settings: fields of `Sample` that differ from the recipe's,
+        such as steps=20, guidance=2.0, control_scale=0.8. progress(done, total) counts solver steps. Raises
+        DitkitError.
         """
-        return torch.cat(list(self.stream(label, count, known=known, seed=seed, progress=progress, **settings)))
+        stream = self.stream(label, count, known=known, control=control, seed=seed, progress=progress, **settings)
+        return torch.cat(list(stream))
 
     def stream(
         self,
@@ -96,6 +111,7 @@ class Pipeline:
         count: int = 16,
         *,
         known: Known | None = None,
+        control: UInt8[Tensor, "*n c h w"] | None = None,
         seed: int = 0,
         progress: Callable[[int, int], None] | None = None,
         **settings: Any,
@@ -104,6 +120,7 @@ class Pipeline:
         chosen, times = self.check(**settings)
         labels = self.labels(label, count)
         given = None if known is None else self._checked(known, count)
+        images = None if control is None else self._control(control, count)
         total = chosen.steps * -(-count // chosen.batch)
         for number, first in enumerate(range(0, count, chosen.batch)):
             ids = torch.arange(first, min(first + chosen.batch, count))
@@ -113,8 +130,29 @@ class Pipeline:
                 if progress is not None:
                     progress(done + k + 1, total)
 
-            part = None if given is None else self._encoded(given, ids)
-            yield self._batch(chosen, None if labels is None else labels[ids], part, ids, times, seed, tick)
+            parts = Conditioning()
+            if given is not None:
+                parts = dataclasses.replace(parts, known=self._encoded(given, ids))
+            if images is not None:
+                scale = torch.full((len(ids),), chosen.control_scale)
+                encoded = self.recipe.control(images[ids].to(self.device))
+                parts = dataclasses.replace(parts, control=encoded, scalars={"control_scale": scale})
+            yield self._batch(chosen, None if labels is None else labels[ids], parts, ids, times, seed, tick)
+
+    def like(self, split: Split, count: int) -> tuple[Tensor | None, Tensor]:
+        """Labels and control images [count c h w] of so many samples, spread evenly over a split.
+
+        Raises DitkitError if the model, or its conditioner, has no control images.
+        """
+        batch = split.batch(torch.arange(count) * len(split) // count)
+        return batch.label, self.controls(batch.data)
+
+    def controls(self, images: UInt8[Tensor, "b c h w"]) -> UInt8[Tensor, "b c h w"]:
+        """The control images that the conditioner makes of images. Raises DitkitError as `like`."""
+        make = getattr(self.recipe.conditioner, "control", None) if self.recipe.controlled else None
+        if make is None:
+            raise DitkitError("this run's conditioner makes no control images of others: give them with --control")
+        return make(images)
 
     def settings(self, **changes: Any) -> Sample:
         """The recipe's sampling settings with changes. Raises DitkitError for an unknown name."""
@@ -157,25 +195,29 @@ class Pipeline:
         """
         chosen, times = self.check()
         few = times if len(times) <= 4 else (*times[:2], *times[-2:])
-        self._batch(chosen, self.labels(None, 2), None, torch.arange(2), few, 0, lambda k, x: None)
+        self._batch(chosen, self.labels(None, 2), Conditioning(), torch.arange(2), few, 0, lambda k, x: None)
 
     def sheet(self, data: Dataset) -> tuple[Shaped[Tensor, "n *sample"], int]:
         """What a training shows: eight samples of each class, or 80 or 64, always from the same noise; how many are in
-        a row."""
+        a row. Of a ControlNet each beside its control image, of held-out data."""
         classes = len(self.classes)
         columns = min(classes, 10) or 8
+        if isinstance(self.recipe.model, ControlConfig):
+            labels, control = self.like(data.heldout, columns * 8)
+            return beside(control, self.sample(labels, columns * 8, control=control)), 2 * columns
         return self.sample(None if classes <= 10 else list(range(10)) * 8, columns * 8), columns
 
     def files(self, data: Dataset) -> dict[str, bytes]:
         """What a training writes beside each checkpoint, by name: nothing."""
         return {}
 
-    def guided(self, chosen: Sample, count: int, known: Known | None = None) -> Denoiser | TokenDenoiser | Guided:
-        """The denoiser with the chosen guides for a batch of `count`, of which weak opinions are told what is known.
+    def guided(self, chosen: Sample, count: int, parts: Conditioning = _NOTHING) -> Denoiser | TokenDenoiser | Guided:
+        """The denoiser with the chosen guides for a batch of `count`, of which weak opinions are given `parts`, too:
+        what is known, and a control.
 
         Raises DitkitError for what cannot guide it.
         """
-        null = dataclasses.replace(self.recipe.conditioner.null(count), known=known).to(self.device)
+        null = _joined(self.recipe.conditioner.null(count), parts).to(self.device)
         guides = []
         for g in chosen.all_guides():
             if isinstance(g, ClassifierFree) and g.null is None:
@@ -263,6 +305,20 @@ class Pipeline:
         return Known(values, mask.expand_as(values))
 
     @torch.no_grad()
+    def _control(self, images: Tensor, count: int) -> Tensor:
+        """A control image for each sample. Raises DitkitError for images that do not fit, and for another model."""
+        shape = self.recipe.controlled.shape
+        many = images if images.ndim == 4 else images[None]
+        rows = 1 if images.ndim == 3 else count
+        drawn = list(self.recipe.codec.decode(torch.zeros(1, *shape, device=self.device)).shape[1:])
+        if images.dtype != torch.uint8 or list(many.shape) != [rows, *drawn]:
+            raise DitkitError(
+                f"control images are bytes {drawn}, one for all samples or one for each of the {count}, and these are "
+                f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
+            )
+        return many.expand(count, -1, -1, -1)
+
+    @torch.no_grad()
     def _encoded(self, known: Known, ids: Tensor) -> Known:
         """What is known of these samples, as it is diffused."""
         rows = slice(None) if len(known.values) == 1 else ids
@@ -278,18 +334,18 @@ class Pipeline:
         self,
         chosen: Sample,
         labels: Tensor | None,
-        known: Known | None,
+        parts: Conditioning,
         ids: Tensor,
         times: Sequence[float],
         seed: int,
         tick: Callable[[int, Tensor], None],
     ) -> Shaped[Tensor, "b *sample"]:
-        conditioner = self.recipe.conditioner
+        conditioner, known = self.recipe.conditioner, parts.known
         cond = conditioner.null(len(ids)) if labels is None else conditioner(Given(labels))
-        cond = dataclasses.replace(cond, known=known).to(self.device)
+        cond = _joined(cond, parts).to(self.device)
         rng = Rng(seed).at(0, ids.to(self.device))
         x = self.denoiser.prior(rng, self.shape)
-        denoiser = self.guided(chosen, len(ids), known)
+        denoiser = self.guided(chosen, len(ids), parts)
         if known is None:
             out = integrate(denoiser, chosen.solver, times, x, cond, rng, tick)
         else:
@@ -314,10 +370,18 @@ def open_run(
     ema_std: float | None = None,
     device: str = "auto",
     dtype: str = "fp32",
+    lora: Sequence[str | Path] = (),
+    lora_scale: float = 1.0,
 ) -> Pipeline | Reconstructions:
     """As `load`, also for runs that nothing can be sampled from."""
     checkpoint, recipe = find_run(run_or_checkpoint, ema, ema_std)
     weights, name = checkpoint.chosen(recipe)
+    if lora:
+        config, weights = unadapted(recipe.model, weights)
+        recipe = dataclasses.replace(recipe, model=config)
+    for file in lora:
+        weights = adapted(file, FORMATS, recipe.model, weights, lora_scale)
+        name += f" + {lora_scale:g} {Path(file).name}"
     with torch.device("meta"):
         model = recipe.model.build()
     try:
@@ -338,15 +402,21 @@ def load(
     ema_std: float | None = None,
     device: str = "auto",
     dtype: str = "fp32",
+    lora: str | Path | Sequence[str | Path] = (),
+    lora_scale: float = 1.0,
 ) -> Pipeline:
     """The pipeline of a run folder (its newest checkpoint) or of one checkpoint.
 
     ema: which averaged weights, None = those of the recipe (the first), 0 = the weights themselves. ema_std: a
     power-function average of this length instead, made from the run's snapshots where it was not tracked. dtype: fp32,
-    or bf16 for the network alone (the solver stays in float32). Raises DitkitError for a missing, damaged or foreign
-    folder, and for the run of an autoencoder.
+    or bf16 for the network alone (the solver stays in float32). lora: files of adapters as diffusers and peft write
+    them, added to the weights with the factor `lora_scale`; of a ControlNet, to those of its base. Raises DitkitError
+    for a missing, damaged or foreign folder, for the run of an autoencoder, and for adapters of another network.
     """
-    found = open_run(run_or_checkpoint, ema=ema, ema_std=ema_std, device=device, dtype=dtype)
+    files = (lora,) if isinstance(lora, str | Path) else tuple(lora)
+    found = open_run(
+        run_or_checkpoint, ema=ema, ema_std=ema_std, device=device, dtype=dtype, lora=files, lora_scale=lora_scale
+    )
     if isinstance(found, Reconstructions):
         found.sample()
     return found

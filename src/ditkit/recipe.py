@@ -8,16 +8,19 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from . import encoders, models  # noqa: F401  the registry must know all of them before a recipe is read
 from .averaging import decay_name, exponent, std_name
 from .codecs import Pixels
 from .conditioners import Label
+from .conditioning import Conditioning, Given
 from .config import DitkitError, from_json, lookup, register, registered_as, to_json
 from .data import Dataset, Digits
 from .diffusion import CFG, Heun, LogitNormal, Meaning, Regression
 from .diffusion.grid import Uniform as UniformGrid
+from .rng import Draw
 
 __all__ = ["Evaluate", "Gate", "Recipe", "Sample", "Train", "device_of"]
 
@@ -121,6 +124,8 @@ class Sample:
     ema_std: float | None = None
     """The length of a power-function average instead."""
     batch: int = 64
+    control_scale: float = 1.0
+    """Strength of a ControlNet where a control image is given; 0 = its base alone."""
 
     def __post_init__(self) -> None:
         for name in ("solver", "grid", "finish"):
@@ -257,6 +262,26 @@ class Recipe:
         model = self.model.fitted(shape, len(data.classes), denoiser.vocab)
         conditioner = self.conditioner.fitted(data.classes)
         return replace(self, codec=codec, conditioner=conditioner, model=model, denoiser=denoiser)
+
+    def given(self, batch: Given, device: torch.device | str = "cpu", rng: Draw | None = None) -> Conditioning:
+        """What the network is given with a batch: what the conditioner makes, control images encoded as the data is.
+
+        With `rng`, training dropout. Raises DitkitError for control images that the model cannot take.
+        """
+        cond = self.conditioner(batch, rng).to(device)
+        return cond if cond.control is None else replace(cond, control=self.control(cond.control))
+
+    def control(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b n *space"]:
+        """Control images in the form of the data, as the model takes them. Raises DitkitError if it takes none."""
+        return self.controlled.filled(self.codec.encode(images))
+
+    @property
+    def controlled(self) -> models.ControlConfig:
+        """The model, which takes control images. Raises DitkitError if it does not."""
+        if not isinstance(self.model, models.ControlConfig):
+            name = registered_as(self.model)[1]
+            raise DitkitError(f"the model {name} takes no control image: train a ControlNet of it (docs/control.md)")
+        return self.model
 
     def to_json(self) -> str:
         """The recipe as indented JSON."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from .config import DitkitError
 from .data import strings
 
-__all__ = ["SUFFIXES", "plot", "png", "rendered", "sheet", "suffix"]
+__all__ = ["SUFFIXES", "beside", "plot", "png", "rendered", "sheet", "suffix"]
 
 SUFFIXES = (".png", ".gif", ".txt", ".npy")
 
@@ -85,6 +85,11 @@ def sheet(images: UInt8[Tensor, "n c h w"], columns: int | None = None, margin: 
         picture.paste(Image.fromarray(image), place)
     enlarge = max(1, 48 // max(h, w))
     return picture.resize((picture.width * enlarge, picture.height * enlarge), Image.Resampling.NEAREST)
+
+
+def beside(first: UInt8[Tensor, "n c h w"], second: UInt8[Tensor, "n c h w"]) -> UInt8[Tensor, "2n c h w"]:
+    """Pairs of images, one behind the other: for a sheet with an even number of columns."""
+    return torch.stack((first, second), dim=1).flatten(0, 1)
 
 
 def png(picture: Image.Image) -> bytes:

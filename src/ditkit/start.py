@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from .interop import FORMATS, read
-from .models import unadapted
+from .models import ControlConfig, LoRAConfig, unadapted
 from .recipe import Recipe
 from .runs import find_run
 
@@ -41,6 +41,7 @@ def begin_from(path: str | Path, recipe: Recipe) -> Start:
         config, weights = unadapted(before.model, weights)
         return Start(f"{name} of {checkpoint.folder}", config, before.denoiser, weights, before.codec)
     asked = ("num_heads", "in_context_start", "num_head_channels", "use_new_attention_order")
-    options = {key: getattr(recipe.model, key) for key in asked if hasattr(recipe.model, key)}
+    model = recipe.model.base if isinstance(recipe.model, LoRAConfig | ControlConfig) else recipe.model
+    options = {key: getattr(model, key) for key in asked if hasattr(model, key)}
     found = read(path, FORMATS, options=options).whole()
     return Start(f"{found.group} of {path} ({found.format.title})", found.config, found.denoiser, found.weights)

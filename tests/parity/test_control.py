@@ -168,7 +168,7 @@ def test_the_version_is_recognised_and_the_file_comes_back(version: str, tmp_pat
     again: Any = ZImageControlNetModel.from_config(z_image_control_settings(model.config))
     again.load_state_dict(written)
     options = {"base": BASE, "places": model.config.places}
-    with pytest.raises(DitkitError, match="branch of a Union ControlNet of Z-Image without its base"):
+    with pytest.raises(DitkitError, match="without its base: give that, too, with --base"):
         import_file(tmp_path / "branch.safetensors", tmp_path / "run", options=options)
 
 

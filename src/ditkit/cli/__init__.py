@@ -44,6 +44,7 @@ def _parser(command: str | None) -> Parser:
         prog="ditkit",
         description="The library of diffusion transformers.",
         epilog="ditkit COMMAND --help says more. The recipes: digits, demo, captions, captions_uniform, folder:PATH, "
+        "control:RUN, "
         "and those of papers (docs/recipes.md): dit_xl_2:PATH.",
     )
     parser.add_argument("--version", action="version", version=f"ditkit {__version__}")

@@ -25,6 +25,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--as", dest="name", metavar="FORMAT", help="dit, sit, jit, adm, diffusers, drax (default: recognised)"
     )
+    parser.add_argument(
+        "--base",
+        metavar="RUN_OR_FILE",
+        help="of a file that holds a part, a ControlNet's branch or adapters (LoRA): the network it belongs to",
+    )
+    parser.add_argument(
+        "--model.places",
+        dest="places",
+        type=int,
+        nargs="+",
+        help="the blocks of which an unpublished branch has copies",
+    )
     parser.add_argument("--weights", metavar="NAME", help="which of the sets in the file (default: its average)")
     parser.add_argument("--out", type=Path, help="the run folder (default: runs/FILE)")
     parser.add_argument("--autoencoder", metavar="FOLDER_OR_NAME", help="an AutoencoderKL, for a model of latents")
@@ -48,17 +60,23 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     if size is not None and len(size) > 2:
         raise DitkitError(f"--model.input-size is one side, or ROWS COLUMNS, not {size}")
     from ..exchange import import_file
+    from ..parts import import_part
 
     said = {name: getattr(args, name) for name in OPTIONS}
     said["input_size"] = None if size is None else size[0] if len(size) == 1 else tuple(size)
-    run, lines = import_file(
-        args.file,
-        args.out,
-        name=args.name,
-        weights=args.weights,
-        autoencoder=args.autoencoder,
-        options={key: value for key, value in said.items() if value is not None},
-    )
+    said["places"] = args.places
+    options = {key: value for key, value in said.items() if value is not None}
+    if args.base is not None:
+        for option, value in (("--as", args.name), ("--weights", args.weights)):
+            if value is not None:
+                raise DitkitError(f"a part beside --base is recognised by its names: leave out {option}")
+        run, lines = import_part(args.file, args.base, args.out, autoencoder=args.autoencoder, options=options)
+    elif args.places is not None:
+        raise DitkitError("--model.places is for a ControlNet's branch, whose base is given with --base")
+    else:
+        run, lines = import_file(
+            args.file, args.out, name=args.name, weights=args.weights, autoencoder=args.autoencoder, options=options
+        )
     print("\n".join(lines))
     print(f"imported: {run.folder}\nsample it with: ditkit sample {run.folder}")
     return 0

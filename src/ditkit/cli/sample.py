@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -12,6 +13,8 @@ from ..config import DitkitError
 from .configs import guidance_arguments, guidance_settings
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..conditioning import Known
     from ..pipeline import Pipeline
 
@@ -38,6 +41,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="IMAGE",
         help="of the same size as --known: what is white in it is drawn, what is black is kept",
     )
+    parser.add_argument("--control", type=Path, metavar="IMAGE", help="of a ControlNet, the control image: its edges")
+    parser.add_argument(
+        "--control-of",
+        metavar="IMAGE",
+        help="an image whose control image is made; heldout: those of the run's held-out data, which the sheet shows "
+        "beside the samples",
+    )
+    parser.add_argument("--control-scale", type=float, help="strength of the control; 0 = the base alone (default: 1)")
     parser.add_argument("--steps", type=int, help="solver steps")
     guidance_arguments(parser)
     parser.add_argument("--solver", help="how a step is taken: euler, heun, ddim, dpmpp_2m, unipc_3, ...")
@@ -45,6 +56,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="sample i depends on the seed, i and its label alone")
     parser.add_argument("--ema", type=float, help="decay of the averaged weights to use, 0 = the weights themselves")
     parser.add_argument("--ema-std", type=float, help="length of a power-function average to use, as 0.07")
+    parser.add_argument(
+        "--lora", nargs="+", default=(), metavar="FILE", help="adapters as diffusers and peft write them, added up"
+    )
+    parser.add_argument("--lora-scale", type=float, default=1.0, help="their strength (default: 1)")
     parser.add_argument("--batch", type=int, help="samples computed at once")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--dtype", default="fp32", help="fp32, or bf16 for the network (default: fp32)")
@@ -67,15 +82,18 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
         raise DitkitError("--known and --mask go together: the mask says which part of the known image is drawn anew")
     if sum(given is not None for given in (args.prompt, args.template, args.known)) > 1:
         raise DitkitError("give one of --prompt, --template and --known")
+    if args.control is not None and args.control_of is not None:
+        raise DitkitError("give one of --control and --control-of")
     import torch
     from tqdm import tqdm
 
     from ..files import atomic_write
     from ..pipeline import load
-    from ..sheet import rendered, suffix
+    from ..sheet import beside, rendered, suffix
 
-    pipeline = load(args.run, ema=args.ema, ema_std=args.ema_std, device=args.device, dtype=args.dtype)
-    names = ("steps", "solver", "grid", "batch")
+    how = {name: getattr(args, name) for name in ("ema", "ema_std", "device", "dtype", "lora", "lora_scale")}
+    pipeline = load(args.run, **how)
+    names = ("steps", "solver", "grid", "batch", "control_scale")
     given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     settings = {**given, **guidance_settings(args)}
     label = None if args.label is None else args.label[0] if len(args.label) == 1 else args.label
@@ -86,7 +104,16 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
             bar.update(done - bar.n)
 
         known = _known(args, pipeline)
-        batches = pipeline.stream(label, args.count, known=known, seed=args.seed, progress=progress, **settings)
+        control, labels = _control(args, pipeline)
+        batches = pipeline.stream(
+            labels if label is None else label,
+            args.count,
+            known=known,
+            control=control,
+            seed=args.seed,
+            progress=progress,
+            **settings,
+        )
         first = next(batches)
         own = suffix(first)
         rendered(first[:1], kind or own)  # what cannot be shown so is said before the rest is drawn
@@ -94,7 +121,10 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
             for i, one in enumerate(one for batch in chain((first,), batches) for one in batch):
                 atomic_write(args.out / f"{i:06d}{own}", rendered(one[None], own, 1))
         else:
-            content = rendered(torch.cat((first, *batches)), kind or own, args.columns)
+            samples, columns = torch.cat((first, *batches)), args.columns
+            if args.control_of == "heldout" and control is not None and (kind or own) == ".png":
+                samples, columns = beside(control, samples), 2 * (columns or math.ceil(math.sqrt(args.count / 2)))
+            content = rendered(samples, kind or own, columns)
             if args.out is None and own == ".txt":
                 bar.close()
                 print(content.decode(), end="")
@@ -122,23 +152,40 @@ def _known(args: argparse.Namespace, pipeline: Pipeline) -> Known | None:
     return _picture(args.known, args.mask, pipeline)
 
 
-def _picture(image: Path, mask: Path, pipeline: Pipeline) -> Known:
-    """An image, grey where the model's are, and what is black in its mask. Raises DitkitError."""
+def _control(args: argparse.Namespace, pipeline: Pipeline) -> tuple[Tensor | None, Tensor | None]:
+    """The control images, and labels where these are held-out data's. Raises DitkitError."""
+    if args.control is None and args.control_of is None:
+        return None, None
+    controlled = pipeline.recipe.controlled  # that it takes control images
+    if args.control_of == "heldout":
+        labels, images = pipeline.like(pipeline.recipe.data.open().heldout, max(args.count, 1))
+        return images, labels
+    image = _image(args.control or Path(args.control_of), 1 if controlled.base.shape[0] == 1 else 3)
+    if args.control is not None:
+        return image, None
+    return pipeline.controls(image[None])[0], None
+
+
+def _image(path: Path, channels: int) -> Tensor:
+    """The bytes [c h w] of an image. Raises DitkitError."""
     import torch
 
-    from ..conditioning import Known
     from ..data import Unreadable, read_image
 
-    found = []
-    for path, channels in ((image, 3), (mask, 1)):
-        try:
-            found.append(torch.from_numpy(read_image(str(path), None, channels).copy()))
-        except Unreadable as error:
-            raise DitkitError(f"{path}: {error}") from None
-    pixels, drawn = found
+    try:
+        return torch.from_numpy(read_image(str(path), None, channels).copy())
+    except Unreadable as error:
+        raise DitkitError(f"{path}: {error}") from None
+
+
+def _picture(image: Path, mask: Path, pipeline: Pipeline) -> Known:
+    """An image, grey where the model's are, and what is black in its mask. Raises DitkitError."""
+    from ..conditioning import Known
+
+    pixels, drawn = _image(image, 3), _image(mask, 1)
     if pixels.shape[1:] != drawn.shape[1:]:
         sizes = [f"{height} x {width}" for height, width in (pixels.shape[1:], drawn.shape[1:])]
         raise DitkitError(f"{image} has {sizes[0]} pixels (height x width) and {mask} {sizes[1]}: give the same size")
     if pipeline.shape == (1, *pixels.shape[1:]):
-        pixels = torch.from_numpy(read_image(str(image), None, 1).copy())
+        pixels = _image(image, 1)
     return Known(pixels, drawn < 128)

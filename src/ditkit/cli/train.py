@@ -35,7 +35,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "recipe",
         metavar="RECIPE",
-        help="digits, demo, folder:PATH, autoencoder, a published one such as dit_xl_2:PATH, or a run to go on with",
+        help="digits, demo, folder:PATH, control:RUN (a ControlNet of that run), autoencoder, a published one such as "
+        "dit_xl_2:PATH, or a run to go on with",
     )
     parser.add_argument(
         "--out", type=Path, help="the run folder; one that exists is gone on with (default: runs/RECIPE)"
@@ -67,7 +68,10 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     else:
         recipe = find_recipe(args.recipe)
         kind, _, path = args.recipe.partition(":")
-        out = out or Path("runs") / (Path(path).expanduser().resolve().name if kind == "folder" else kind)
+        name = Path(path).expanduser().resolve().name
+        out = out or Path("runs") / (name if kind == "folder" else f"{name}_control" if kind == "control" else kind)
+        if kind == "control" and args.init is None:
+            args.init = path
     recipe = override(recipe, ["--help"] if args.fields else rest, f"ditkit train {args.recipe}")
     recipe = _adapted(recipe, args, new=not old.exists())
     if train(recipe, out, init=args.init, quiet=args.quiet):

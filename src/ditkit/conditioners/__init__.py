@@ -1,6 +1,7 @@
 """Conditioners: what comes with the data, as what is given to the network."""
 
+from .edges import Edges
 from .features import RandomSpeech, RandomText
 from .label import Conditioner, Label
 
-__all__ = ["Conditioner", "Label", "RandomSpeech", "RandomText"]
+__all__ = ["Conditioner", "Edges", "Label", "RandomSpeech", "RandomText"]

@@ -33,9 +33,10 @@ class Batch:
 
     @property
     def given(self) -> Given:
-        """What a conditioner reads: labels and captions; where a sample is a text, the text itself (for speech)."""
+        """What a conditioner reads: labels and captions; where a sample is a text, the text itself (for speech); and
+        the samples, of which control images are made."""
         own = self.data if self.data.ndim == 2 and self.data.dtype == torch.int64 else None
-        return Given(self.label, own if self.text is None else self.text)
+        return Given(self.label, own if self.text is None else self.text, self.data)
 
 
 class Split(Protocol):

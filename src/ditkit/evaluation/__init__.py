@@ -4,7 +4,7 @@ from .classifier import Classifier, train_classifier
 from .distances import Estimate, frechet_distance, kernel_distance
 from .features import Features
 from .heldout import heldout_loss
-from .measure import MEANING, Measurement, evaluate, measure_kid, sampling_protocol
+from .measure import MEANING, Measurement, codec_kid, evaluate, measure_kid, sampling_protocol
 from .memorization import FMem, f_mem, memorized, within_class_distance
 from .report import bounds, curve, write_report
 from .texts import Nearest, nearest_texts
@@ -18,6 +18,7 @@ __all__ = [
     "Measurement",
     "Nearest",
     "bounds",
+    "codec_kid",
     "curve",
     "evaluate",
     "f_mem",

@@ -20,7 +20,7 @@ def heldout_loss(pipeline: Pipeline, samples: int = 1000) -> float:
     total, count = 0.0, min(samples, len(split))
     for ids in torch.arange(count).split(100):
         batch, draws = split.batch(ids), rng.at(0, ids.to(pipeline.device))
-        cond = recipe.conditioner(batch.given).to(pipeline.device)
+        cond = recipe.given(batch.given, pipeline.device)
         x0 = recipe.codec.encode(batch.data.to(pipeline.device), draws)
         total += float(recipe.objective.loss(pipeline.denoiser, x0, cond, draws).total.sum())
     return total / count

@@ -21,23 +21,27 @@ from tqdm import tqdm
 
 from ..config import DitkitError, near, to_json
 from ..data import Dataset, Split, strings
+from ..models import ControlConfig
 from ..pipeline import Pipeline, load, open_run
 from ..recipe import Gate, Sample
 from ..reconstructions import Reconstructions
 from ..report import provenance
 from ..runs import find_checkpoint
 from .classifier import train_classifier
+from .controlled import edge_agreement
 from .distances import Estimate, frechet_distance, kernel_distance
 from .features import Features
 from .memorization import f_mem, within_class_distance
 from .reconstruction import measure_reconstructions
 from .texts import Nearest, bits_per_character, nearest_texts, ratio, share, unigram_bits, valid
 
-__all__ = ["MEANING", "Measurement", "blurred", "evaluate", "measure_kid", "sampling_protocol"]
+__all__ = ["MEANING", "Measurement", "blurred", "codec_kid", "evaluate", "measure_kid", "sampling_protocol"]
 
 MEANING = {
     "class_accuracy": "share of samples that a classifier, trained on the real data, sees as the class asked for",
     "classifier_accuracy": "the same classifier on held-out real images: what a perfect model could reach",
+    "edge_agreement": "F1 of the samples' edges against their control images', within a pixel; 1 = they follow them",
+    "edge_agreement_base": "the same without the control: what the classes alone give",
     "kid": "kernel distance (unbiased MMD^2) of samples to held-out images in EfficientNet-lite0 features; 0 = alike",
     "kid_untrained": "the same for the model before training: what doing nothing gives",
     "kid_blurred": "the same for held-out images blurred by one pixel: what a slight loss of sharpness gives",
@@ -171,11 +175,20 @@ def _measure_images(
 
     say(f"drawing {count} samples")
     chosen = pipeline.settings(**settings)
-    labels = pipeline.labels(None, count)
-    images = _draw(pipeline, labels, count, seed, settings)
+    labels, control = pipeline.labels(None, count), None
+    if isinstance(recipe.model, ControlConfig):
+        labels, control = pipeline.like(data.heldout, count)
+    images = _draw(pipeline, labels, count, seed, settings, control)
     numbers: dict[str, float | None] = {}
     protocol = sampling_protocol(pipeline, chosen, count, seed)
     protocol |= {"reference": f"held-out part of {data.source}", "reference_images": len(real)}
+    if control is not None:
+        say("comparing edges")
+        protocol["control"] = "of held-out images, with their labels"
+        plain = _draw(pipeline, labels, count, seed, settings)
+        for name, drawn in (("edge_agreement", images), ("edge_agreement_base", plain)):
+            agreement = edge_agreement(pipeline.controls(drawn), control)
+            numbers[name], numbers[f"{name}_error"] = agreement.value, agreement.error
 
     if len(data.classes) > 1 and real_labels is not None and train_labels is not None and labels is not None:
         say("training a classifier on the real data")
@@ -187,7 +200,7 @@ def _measure_images(
     say("comparing features")
     reference = features(real)
     sampled = features(images)
-    untrained = _draw(_untrained(pipeline), labels, count, seed, settings)
+    untrained = _draw(_untrained(pipeline), labels, count, seed, settings, control)
     sets = {
         "kid": sampled,
         "kid_untrained": features(untrained),
@@ -291,6 +304,15 @@ def measure_kid(path: str | Path, *, seed: int = 0, device: str = "auto", **sett
     return Measurement({"kid": estimate.value, "kid_error": estimate.error}, protocol, (), images, labels)
 
 
+def codec_kid(pipeline: Pipeline) -> float:
+    """The kernel distance of held-out images to themselves after the codec: what a perfect network would give."""
+    recipe = pipeline.recipe
+    features, reference, _ = _reference(recipe.data, recipe.evaluate.size, str(pipeline.device))
+    split = recipe.data.open().heldout
+    images = _samples(split, len(split))[0].to(pipeline.device)
+    return kernel_distance(features(recipe.codec.decode(recipe.codec.encode(images)).cpu()), reference).value
+
+
 @functools.lru_cache(maxsize=4)
 def _reference(data: Any, size: int, device: str) -> tuple[Features, Tensor, str]:
     """The feature network, the features of all held-out images, and where these come from."""
@@ -318,7 +340,14 @@ def _features_protocol(features: Features) -> dict[str, Any]:
     return {"network": features.name, "sha256": features.sha256, "size": features.size}
 
 
-def _draw(pipeline: Pipeline, labels: Tensor | None, count: int, seed: int, settings: dict[str, Any]) -> Tensor:
+def _draw(
+    pipeline: Pipeline,
+    labels: Tensor | None,
+    count: int,
+    seed: int,
+    settings: dict[str, Any],
+    control: Tensor | None = None,
+) -> Tensor:
     """Samples, under a progress bar."""
     with tqdm(unit="step", leave=False, dynamic_ncols=True) as bar:
 
@@ -326,7 +355,7 @@ def _draw(pipeline: Pipeline, labels: Tensor | None, count: int, seed: int, sett
             bar.total = total
             bar.update(done - bar.n)
 
-        return pipeline.sample(labels, count, seed=seed, progress=progress, **settings)
+        return pipeline.sample(labels, count, control=control, seed=seed, progress=progress, **settings)
 
 
 def _spread(images: Tensor, labels: Tensor | None) -> float | None:

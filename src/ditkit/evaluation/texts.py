@@ -68,7 +68,7 @@ def bits_per_character(pipeline: Pipeline, split: Split, indices: Int[Tensor, "n
     recipe, bits, characters = pipeline.recipe, [], []
     for ids in torch.arange(len(indices)).split(recipe.sample.batch):
         batch = split.batch(indices[ids])
-        cond = recipe.conditioner(batch.given).to(pipeline.device)
+        cond = recipe.given(batch.given, pipeline.device)
         x0, rng = recipe.codec.encode(batch.data.to(pipeline.device)), Rng(seed).at(0, ids.to(pipeline.device))
         bits.append(likelihood_bound(pipeline.denoiser, x0, cond, rng, times).cpu() / math.log(2))
         characters += [len(text) for text in strings(batch.data)]

@@ -8,7 +8,7 @@ from .flux import DIFFUSERS_FLUX, DIFFUSERS_FLUX2, FLUX, FLUX2
 from .format import Format, Found, fill, meta, read, save, size_name
 from .jit import JIT
 from .kandinsky5 import KANDINSKY5, kandinsky5_settings
-from .lora import read_adapters, write_adapters
+from .lora import adapted, find_adapters, read_adapters, write_adapters
 from .lumina2 import LUMINA2, LUMINA2_OFFICIAL, lumina2_settings
 from .mmdit import DIFFUSERS_SD3, SD3
 from .pixart import DIFFUSERS_PIXART, PIXART
@@ -72,8 +72,10 @@ __all__ = [
     "Found",
     "Rule",
     "Transfer",
+    "adapted",
     "diffusers_settings",
     "fill",
+    "find_adapters",
     "kandinsky5_settings",
     "lumina2_settings",
     "meta",

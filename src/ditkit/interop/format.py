@@ -125,8 +125,8 @@ class Found:
         """The same. Raises DitkitError where the file holds a part of a model."""
         if self.format.part:
             raise DitkitError(
-                f"{self.path} holds the branch of a {self.format.title} without its base: load both in Python, "
-                "as docs/control.md shows"
+                f"{self.path} holds the branch of a {self.format.title} without its base: give that, too, with --base "
+                "RUN_OR_FILE"
             )
         return self
 
@@ -190,6 +190,11 @@ def _recognise(source: Source, formats: Sequence[Format], name: str | None) -> t
             for group in source.groups.values()
         )
     ]
+    if not fits and source.adapters:
+        raise DitkitError(
+            f"{source.path} holds adapters of low rank, not a network: draw with them by ditkit sample RUN --lora "
+            "FILE, or merge them into their network by ditkit import FILE --base RUN_OR_FILE"
+        )
     if not fits:
         group = max(source.groups.values(), key=len)
         shown = ", ".join(f"{_some([key])} {list(entry.shape)}" for key, entry in list(group.items())[:3])
@@ -330,7 +335,7 @@ def _agrees(config: Any, values: Mapping[str, Any]) -> bool:
 _SIZE = (
     "depth", "hidden_size", "num_heads", "patch_size", "conditioning", "bottleneck_dim", "in_context_start",
     "model_channels", "channel_mult", "num_res_blocks", "attention_resolutions",
-    "self_attention",
+    "self_attention", "places", "control_channels", "refiner",
 )  # fmt: skip
 
 

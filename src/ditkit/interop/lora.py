@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config import DitkitError
-from ..models import LoRAConfig, adapters
+from ..config import DitkitError, registered_as
+from ..models import ControlConfig, LoRAConfig, adapters, merged
+from .dit import DIFFUSERS
 from .format import Format, meta
+from .source import open_source
 from .table import Pair
 
-__all__ = ["read_adapters", "write_adapters"]
+__all__ = ["adapted", "find_adapters", "read_adapters", "write_adapters"]
 
+_NAME = re.compile(r"(?:transformer\.|base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight")
 _PREFIX = "transformer."
 _ENDS = (".lora_A.weight", ".lora_B.weight")
 
@@ -46,10 +50,9 @@ def read_adapters(form: Format, base: Any, tensors: Mapping[str, Tensor]) -> tup
     Where ours is their q, k and v in one, and each has an A of its own, ours has all of them: the rank is the sum.
     Raises DitkitError for names that the layout does not have, and for an A without its B.
     """
-    pattern = re.compile(r"(?:transformer\.|base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight")
     given: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
-        if not (match := pattern.fullmatch(name)):
+        if not (match := _NAME.fullmatch(name)):
             raise DitkitError(f"{name[:100]!r} is no adapter of low rank as diffusers and peft name them")
         given.setdefault(match[1], {})[match[2]] = value
     for name, both in given.items():
@@ -88,6 +91,47 @@ def read_adapters(form: Format, base: Any, tensors: Mapping[str, Tensor]) -> tup
         result |= {f"{ours}.lora_A.default.weight": a, f"{ours}.lora_B.default.weight": b}
     targets = tuple(sorted({name.rpartition(".")[2] for name in places}))
     return LoRAConfig(base, rank, float(rank), targets), result
+
+
+def find_adapters(
+    path: str | Path, formats: Sequence[Format], base: Any
+) -> tuple[LoRAConfig, dict[str, Tensor], Format]:
+    """The adapters of a file for a network of the configuration `base`: as `read_adapters`, with the layout whose names
+    they have, diffusers' first.
+
+    Raises DitkitError, which names the file, for one that holds none, or those of another network.
+    """
+    source = open_source(path)
+    if not source.adapters:
+        raise DitkitError(f"{path} holds no adapters of low rank as diffusers and peft name them (NAME.lora_A.weight)")
+    forms = [form for form in formats if isinstance(base, form.model) and not form.part]
+    if not forms:
+        raise DitkitError(f"{path}: no layout is known for a {registered_as(base)[1]}, whose adapters these should be")
+    forms.sort(key=lambda form: not (form is DIFFUSERS or form.diffusers))
+    tensors = source.read(next(iter(source.groups.values())))
+    refusals: list[DitkitError] = []
+    for form in forms:
+        try:
+            return *read_adapters(form, base, tensors), form
+        except DitkitError as error:
+            refusals.append(error)
+    raise DitkitError(f"{path}: {refusals[0]}")
+
+
+def adapted(
+    path: str | Path, formats: Sequence[Format], config: Any, weights: Mapping[str, Tensor], scale: float = 1.0
+) -> dict[str, Tensor]:
+    """The weights of a network with the adapters of a file: W + scale B A; of a ControlNet, in its base.
+
+    Raises DitkitError as `find_adapters`.
+    """
+    if isinstance(config, ControlConfig):
+        own = {name.removeprefix("base."): value for name, value in weights.items() if name.startswith("base.")}
+        made = adapted(path, formats, config.base, own, scale)
+        return {**weights, **{f"base.{name}": value for name, value in made.items()}}
+    lora, tensors, _ = find_adapters(path, formats, config)
+    scaled = {name: scale * value if ".lora_B." in name else value for name, value in tensors.items()}
+    return merged(lora, {**weights, **scaled})
 
 
 def _table(form: Format, base: Any) -> dict[str, Pair]:

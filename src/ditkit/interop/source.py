@@ -64,6 +64,13 @@ class Source:
             raise DitkitError(f"{self.path} holds no weights {wanted!r}: {near(wanted, self.groups)}")
         return wanted
 
+    @property
+    def adapters(self) -> bool:
+        """Whether it holds adapters of low rank as diffusers and peft name them."""
+        return any(
+            name.endswith((".lora_A.weight", ".lora_A.default.weight")) for g in self.groups.values() for name in g
+        )
+
     def settings(self) -> dict[str, Any]:
         """The config.json of the transformer in a folder of diffusers; empty for a file."""
         if self.folder is None:

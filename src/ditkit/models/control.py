@@ -106,8 +106,23 @@ class ControlConfig:
         return getattr(self.base, "num_classes", 0)
 
     def fitted(self, shape: tuple[int, ...], classes: int, vocab: int) -> Self:
-        """The base fitted, with the same branch."""
-        return dataclasses.replace(self, base=self.base.fitted(shape, classes, vocab))
+        """The base fitted, with the same branch; a control of the channels of x goes on having them."""
+        base = self.base.fitted(shape, classes, vocab)
+        alike = self.control_channels == self.base.shape[0]
+        return dataclasses.replace(self, base=base, control_channels=shape[0] if alike else self.control_channels)
+
+    def filled(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n h w"]:
+        """An encoded control image as a control: further channels, of what is not given, are zeros.
+
+        Raises DitkitError for one of more channels.
+        """
+        more = self.control_channels - image.shape[1]
+        if more < 0:
+            raise DitkitError(
+                f"control images have {image.shape[1]} channels once they are encoded, and the model takes "
+                f"{self.control_channels}: change model.control_channels"
+            )
+        return torch.nn.functional.pad(image, (0, 0, 0, 0, 0, more))
 
     def example(self, batch: int) -> Conditioning:
         """As the base's own, and a control of zeros."""

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ..config import DitkitError
+from ..config import DitkitError, registered_as
 
 __all__ = ["Sizing", "resized", "size", "width_unit"]
 
@@ -52,8 +52,10 @@ def _core(config: Any) -> Any:
 
 
 def size(config: Any) -> tuple[int, int]:
-    """Width and depth of a network of any family."""
+    """Width and depth of a network of any family. Raises DitkitError for one that has no one width and depth."""
     core = _core(config)
+    if not {_sizing(core).width, _sizing(core).depth} <= _fields(core):
+        raise DitkitError(f"the model {registered_as(core)[1]} has no one width and depth that could be changed")
     return getattr(core, _sizing(core).width), getattr(core, _sizing(core).depth)
 
 

@@ -9,7 +9,8 @@ from ..recipe import Recipe
 from . import dit, jit, lightningdit, repa, sit
 from .autoencoder import autoencoder
 from .captions import captions, captions_uniform
-from .digits import demo, digits, digits_resnet, digits_unet
+from .control import control
+from .digits import demo, digits, digits_dit, digits_resnet, digits_unet
 from .families import FAMILIES
 from .folder import folder
 
@@ -19,8 +20,10 @@ __all__ = [
     "autoencoder",
     "captions",
     "captions_uniform",
+    "control",
     "demo",
     "digits",
+    "digits_dit",
     "digits_resnet",
     "digits_unet",
     "find_recipe",
@@ -29,6 +32,7 @@ __all__ = [
 
 _NAMED: dict[str, Callable[[], Recipe]] = {
     "digits": digits,
+    "digits_dit": digits_dit,
     "digits_unet": digits_unet,
     "digits_resnet": digits_resnet,
     "autoencoder": autoencoder,
@@ -45,7 +49,7 @@ PUBLISHED: dict[str, Callable[[str], Recipe]] = {
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of a name, of a folder as in folder:PATH, or of a published one with its images, as in dit_xl_2:PATH.
+    """The recipe of a name, of folder:PATH, of control:RUN, or of a published one with its images: dit_xl_2:PATH.
 
     Raises DitkitError, with the near names, for an unknown one.
     """
@@ -54,6 +58,8 @@ def find_recipe(name: str) -> Recipe:
         return folder(path)
     if kind == "autoencoder" and path:
         return autoencoder(path)
+    if kind == "control" and path:
+        return control(path)
     if kind in PUBLISHED:
         if not path:
             raise DitkitError(f"the recipe {kind} needs the folder of ImageNet's training images: write {kind}:PATH")
@@ -61,4 +67,4 @@ def find_recipe(name: str) -> Recipe:
     if name in _NAMED:
         return _NAMED[name]()
     known = PUBLISHED if colon else [*_NAMED, *PUBLISHED]
-    raise DitkitError(f"unknown recipe {kind!r}: {near(kind, [*known, 'folder:PATH'])}")
+    raise DitkitError(f"unknown recipe {kind!r}: {near(kind, [*known, 'folder:PATH', 'control:RUN'])}")

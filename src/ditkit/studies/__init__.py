@@ -10,7 +10,9 @@ from .conditioning import conditioning
 from .manifold import manifold
 from .prediction_loss import prediction_loss
 from .runner import compare, read_results, write_report
+from .scaling import scaling
 from .solvers import solvers
+from .spaces import spaces
 from .study import Cell, Claim, Finding, Results, Study, Verdict
 
 __all__ = [
@@ -34,7 +36,9 @@ _NAMED: dict[str, Callable[[str], Study]] = {
     "conditioning": conditioning,
     "manifold": manifold,
     "prediction-loss": prediction_loss,
+    "scaling": scaling,
     "solvers": solvers,
+    "spaces": spaces,
 }
 
 

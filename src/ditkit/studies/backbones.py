@@ -21,7 +21,7 @@ from torch import Tensor
 from ..codecs import Pca
 from ..data import Digits, Folder, Twins
 from ..diffusion import AB2, Heun, LogitNormal, Meaning, Regression
-from ..evaluation import Classifier, Features, heldout_loss, kernel_distance, measure_kid, train_classifier
+from ..evaluation import Classifier, codec_kid, heldout_loss, measure_kid, train_classifier
 from ..guarded import network
 from ..models import DiTConfig, JiTConfig, ResNetConfig, UNetConfig
 from ..pipeline import Pipeline, load
@@ -187,7 +187,7 @@ def _measure(folder: Path, cell: Cell, seed: int) -> Finding:
         taken = network(model, train.batch, training=True, limit=4 * 2**30)
         numbers["measured_mib"] = taken.bytes / 2**20
     if pipeline.recipe.codec.__class__ is Pca:
-        numbers["kid_codec"] = _kid_of_codec(pipeline)
+        numbers["kid_codec"] = codec_kid(pipeline)
     numbers |= _seen(cell.recipe.data, found.images, found.labels)
     protocol = {
         **found.protocol,
@@ -244,14 +244,6 @@ def agreement(classifier: Sees, data: Twins, pictures: UInt8[Tensor, "n 1 s w"])
         end.bincount(minlength=int(max(left.max(), right.max())) + 1).double() / len(end) for end in (left, right)
     ]
     return {"agreement": float((left == right).double().mean()), "agreement_chance": float(shares[0] @ shares[1])}
-
-
-def _kid_of_codec(pipeline: Pipeline) -> float:
-    """The kernel distance of held-out images to themselves after the codec: what a perfect network would give."""
-    split, codec = pipeline.recipe.data.open().heldout, pipeline.recipe.codec
-    images = split.batch(torch.arange(min(1000, len(split)))).data
-    features = Features(pipeline.recipe.evaluate.size)
-    return kernel_distance(features(codec.decode(codec.encode(images))), features(images)).value
 
 
 def far_share(pipeline: Pipeline, samples: int = 64) -> float:

@@ -26,7 +26,7 @@ from ..data import Batch, Dataset, InMemory, Order
 from ..diffusion import Denoiser, Objective
 from ..files import atomic_write
 from ..interop import transfer
-from ..models import Model
+from ..models import ControlConfig, Model
 from ..pipeline import Pipeline, trained
 from ..recipe import Recipe, device_of
 from ..reconstructions import Reconstructions, examples
@@ -66,6 +66,8 @@ def train(recipe: Recipe, folder: str | Path, *, init: str | Path | None = None,
     elif found := run.foreign():
         raise DitkitError(f"{run.folder} is not empty and holds no run (but {found[0]}): choose another --out")
     begun = run.begun()
+    if isinstance(recipe.model, ControlConfig) and checkpoint is None and init is None:
+        raise DitkitError("a branch beside a base that nobody trained learns nothing: give the base's run with --init")
     if checkpoint is not None and init is not None and begun.get("init") != str(init):
         raise DitkitError(
             f"{run.folder} began from {begun.get('init', 'no weights')}: leave out --init to go on with it"
@@ -141,7 +143,7 @@ class Trainer:
             )
         self.pipeline().rehearse()
         batch = self.data.train.batch(torch.zeros_like(ids))
-        cond = recipe.conditioner(batch.given).to(self.device)
+        cond = recipe.given(batch.given, self.device)
         data = batch.data.to(self.device)
         x0 = recipe.codec.encode(data)
         self.model.eval()
@@ -205,7 +207,7 @@ class Trainer:
             rng = self.rng.at(self.step, positions.to(self.device))
             data = batch.data.to(self.device)
             x0 = codec.encode(data, rng)
-            cond = recipe.conditioner(batch.given, self.rng.at(self.step, positions)).to(self.device)
+            cond = recipe.given(batch.given, self.device, self.rng.at(self.step, positions))
             with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
                 loss = self.objective.loss(self.denoiser, x0, cond, rng, data)
             total, share = loss.total.mean(), len(positions) / settings.batch
