@@ -16,7 +16,7 @@ from .averaging import decay_name, exponent, std_name
 from .codecs import Pixels
 from .conditioners import Label
 from .conditioning import Conditioning, Given
-from .config import DitkitError, from_json, lookup, register, registered_as, to_json
+from .config import DitkitError, differences, from_json, lookup, register, registered_as, to_json
 from .data import Dataset, Digits
 from .diffusion import CFG, Heun, LogitNormal, Meaning, Regression
 from .diffusion.grid import Uniform as UniformGrid
@@ -253,10 +253,13 @@ class Recipe:
     def fitted(self, data: Dataset, learned: Mapping[str, Tensor] | None = None) -> Recipe:
         """The recipe for this data: each part takes its shape, classes or symbols from it.
 
-        learned: what the codec has learned already, and does not learn anew. Raises DitkitError for parts that do not
-        go together.
+        learned: what the codec has learned already, and does not learn anew. Data that is prepared brings the codec of
+        its latents. Raises DitkitError for parts that do not go together.
         """
-        codec = (self.codec.loaded(learned) if learned else self.codec).fitted(data)
+        if data.codec is not None:
+            codec = self._prepared(data)
+        else:
+            codec = (self.codec.loaded(learned) if learned else self.codec).fitted(data)
         shape = codec.shape(data.shape)
         denoiser = self.denoiser.fitted(codec.vocab)
         model = self.model.fitted(shape, len(data.classes), denoiser.vocab)
@@ -282,6 +285,17 @@ class Recipe:
             name = registered_as(self.model)[1]
             raise DitkitError(f"the model {name} takes no control image: train a ControlNet of it (docs/control.md)")
         return self.model
+
+    def _prepared(self, data: Dataset) -> Any:
+        """The codec of prepared data, if it is this recipe's, or if the recipe says none (pixels)."""
+        mine, inner = to_json(getattr(self.codec, "inner", self.codec)), to_json(data.codec.inner)
+        said = {name: value for name, value in mine.items() if value is not None}  # None is for the files to say
+        if mine != to_json(Pixels()) and said != {name: inner.get(name) for name in said}:
+            said = differences(said, {name: inner.get(name) for name in said}, "codec")[0]
+            raise DitkitError(
+                f"{data.name} was prepared with another codec: {said}; leave out --codec, or prepare it with this one"
+            )
+        return data.codec
 
     def to_json(self) -> str:
         """The recipe as indented JSON."""

@@ -14,7 +14,9 @@ __all__ = ["arguments", "run"]
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "study", metavar="STUDY", help="backbones, conditioning, manifold, prediction-loss, scaling, solvers or spaces"
+        "study",
+        metavar="STUDY",
+        help="backbones, conditioning, manifold, prediction-loss, resolution, scaling, solvers or spaces",
     )
     parser.add_argument(
         "--preset", default="cpu", help="cpu, or full: the paper's settings, for large machines (default: cpu)"

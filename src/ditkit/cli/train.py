@@ -109,7 +109,11 @@ def _adapted(recipe: Recipe, args: argparse.Namespace, new: bool) -> Recipe:
 
 def override(recipe: Recipe, words: Sequence[str], prog: str) -> Recipe:
     """The recipe with options from the command line. Raises DitkitError, in one line, for wrong ones."""
+    from dataclasses import replace
+
     import tyro
+
+    from ..data import Prepared
 
     given, words = list(words), list(words)
     before, recipe = recipe, _choose(_guides(recipe, words), words)
@@ -132,6 +136,8 @@ def override(recipe: Recipe, words: Sequence[str], prog: str) -> Recipe:
         if not stop.code:
             raise
         raise DitkitError(_one_line(said.getvalue())) from None
+    if isinstance(recipe.data, Prepared) and not _says(given, "--codec"):
+        recipe = replace(recipe, codec=recipe.data.codec())
     return recipe if _says(given, "--model", "--model.patch-size") else _same_patches(before, recipe)
 
 

@@ -3,6 +3,7 @@
 from .autoencoder import Autoencoder
 from .characters import Characters
 from .codec import Codec, Posterior, Samples, Stateless
+from .latents import Latents
 from .pca import Pca
 from .pixels import Pixels
 from .token_ids import TokenIds
@@ -13,6 +14,7 @@ __all__ = [
     "Autoencoder",
     "Characters",
     "Codec",
+    "Latents",
     "Pca",
     "Pixels",
     "Posterior",

@@ -9,6 +9,7 @@ from .elsewhere import Elsewhere
 from .emoji import Emoji
 from .folder import Folder, Unreadable, read_image
 from .moving_digits import MovingDigits
+from .prepared import Prepared
 from .spiral import Spiral
 from .text import points, prompt, strings, template
 from .twins import Twins
@@ -24,6 +25,7 @@ __all__ = [
     "InMemory",
     "MovingDigits",
     "Order",
+    "Prepared",
     "Spiral",
     "Split",
     "Twins",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Int, Shaped, UInt8
@@ -96,6 +96,7 @@ class Dataset:
     heldout: Split
     source: str  # one line for the protocol of a measured number: what, how many, which hash
     symbols: str = ""  # the characters that texts are made of, without the filling
+    codec: Any = None  # where samples were encoded already: the codec that reads and decodes them
     captions: int = 0  # characters of the longest caption; 0: without captions
     broken: Sequence[str] = ()  # "file: reason"; a list that grows where files are read as they are needed
 

@@ -112,7 +112,10 @@ class _Aligned(nn.Module):
     def loss(self, denoiser: Denoiser, x0: Tensor, cond: Conditioning, rng: Draw, data: Tensor | None = None) -> Loss:
         """Adds the term "repa". Raises DitkitError without images, and where the tap has other tokens than theirs."""
         if data is None:
-            raise DitkitError("REPA looks at the images before the codec: call loss(..., data=images)")
+            raise DitkitError(
+                "REPA looks at the images before the codec, and prepared data has none: train on the data itself "
+                "(in Python: loss(..., data=images))"
+            )
         tapped = _Tapped(denoiser, f"blocks.{self.repa.depth - 1}")
         loss = self.repa.base.loss(tapped, x0, cond, rng, data)
         patch = getattr(denoiser.model.config, "patch_size", 1)  # type: ignore[attr-defined]

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..config import DitkitError, near, to_json
-from ..data import Dataset, Split, strings
+from ..data import Dataset, Prepared, Split, strings
 from ..models import ControlConfig
 from ..pipeline import Pipeline, load, open_run
 from ..recipe import Gate, Sample
@@ -131,7 +131,7 @@ def evaluate(
             if name is not None and name not in MEANING:
                 raise DitkitError(f"a bound names {name!r}: {near(name, MEANING)}")
     say("reading the data")
-    data = recipe.data.open()
+    data = _original(recipe.data).open()
     if data.classes != pipeline.classes:
         raise DitkitError(f"the data now has the classes {data.classes}, the run was trained on {pipeline.classes}")
     kind = "images" if len(data.shape) == 3 else "texts" if data.symbols else None
@@ -162,6 +162,11 @@ def evaluate(
         if numbers.get(gate.metric) is None:
             raise DitkitError(f"the recipe bounds {gate.metric}, which this data does not give")
     return found
+
+
+def _original(data: Any) -> Any:
+    """The data that samples are compared with: of prepared latents, the images that they were made of."""
+    return data.original() if isinstance(data, Prepared) else data
 
 
 def _measure_images(
@@ -294,7 +299,7 @@ def measure_kid(path: str | Path, *, seed: int = 0, device: str = "auto", **sett
     """
     pipeline = load(path, device=device)
     size, count = pipeline.recipe.evaluate.size, pipeline.recipe.evaluate.samples
-    features, reference, source = _reference(pipeline.recipe.data, size, str(pipeline.device))
+    features, reference, source = _reference(_original(pipeline.recipe.data), size, str(pipeline.device))
     labels = pipeline.labels(None, count)
     images = pipeline.sample(labels, count, seed=seed, **settings)
     estimate = kernel_distance(features(images), reference)

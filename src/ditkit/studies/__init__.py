@@ -9,6 +9,7 @@ from .backbones import backbones
 from .conditioning import conditioning
 from .manifold import manifold
 from .prediction_loss import prediction_loss
+from .resolution import resolution
 from .runner import compare, read_results, write_report
 from .scaling import scaling
 from .solvers import solvers
@@ -36,6 +37,7 @@ _NAMED: dict[str, Callable[[str], Study]] = {
     "conditioning": conditioning,
     "manifold": manifold,
     "prediction-loss": prediction_loss,
+    "resolution": resolution,
     "scaling": scaling,
     "solvers": solvers,
     "spaces": spaces,

@@ -64,7 +64,7 @@ def _one(study: Study, out: Path, cell: Cell, recipe: Recipe, quiet: bool, say: 
     begun = time.perf_counter()
     run = out / "runs" / f"{cell.folder}-{recipe.seed}"
     try:
-        if not _trained(run, recipe) and not train(recipe, run, quiet=quiet):
+        if study.trains and not _trained(run, recipe) and not train(recipe, run, quiet=quiet):
             return False
         found = study.measure(run, replace(cell, recipe=recipe), recipe.seed)
     except NotFinite as error:

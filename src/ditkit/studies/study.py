@@ -86,6 +86,8 @@ class Study:
     """Tables and pictures of whatever is there; may be called with a part of the results."""
     claims: tuple[Claim, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
+    trains: bool = True
+    """Whether a cell is trained before it is measured."""
 
     def __post_init__(self) -> None:
         names = [cell.name for cell in self.cells]

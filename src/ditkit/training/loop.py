@@ -147,8 +147,13 @@ class Trainer:
         data = batch.data.to(self.device)
         x0 = recipe.codec.encode(data)
         self.model.eval()
-        self.objective.loss(self.denoiser, x0, cond, self.rng.at(0, ids.to(self.device)), data)
+        rng = self.rng.at(0, ids.to(self.device))
+        self.objective.loss(self.denoiser, x0, cond, rng, self._images(data))
         self.model.train()
+
+    def _images(self, data: Tensor) -> Tensor | None:
+        """The data before the codec, for objectives that look at it; there is none where it was prepared."""
+        return data if self.data.codec is None else None
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What the optimiser changes, by name: the network, and under "objective/" what the objective learns."""
@@ -209,7 +214,7 @@ class Trainer:
             x0 = codec.encode(data, rng)
             cond = recipe.given(batch.given, self.device, self.rng.at(self.step, positions))
             with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-                loss = self.objective.loss(self.denoiser, x0, cond, rng, data)
+                loss = self.objective.loss(self.denoiser, x0, cond, rng, self._images(data))
             total, share = loss.total.mean(), len(positions) / settings.batch
             value = float(total.detach())
             if not math.isfinite(value):
