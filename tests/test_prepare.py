@@ -22,7 +22,7 @@ from torch.testing import assert_close
 
 import ditkit.data.emoji
 import ditkit.evaluation.measure
-import ditkit.prepare as module
+import ditkit.shards as module
 from ditkit import load
 from ditkit.cli import main
 from ditkit.codecs import Autoencoder, Latents, Pca, Pixels, Stateless

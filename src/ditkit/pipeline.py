@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Shaped, UInt8
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from .diffusion import (
     integrate,
     keep,
 )
+from .given import checked_control, checked_known, encoded_known
 from .interop import FORMATS, adapted
 from .models import Autoencoder, ControlConfig, Model, unadapted
 from .recipe import Recipe, Sample, device_of
@@ -37,21 +37,6 @@ from .runs import find_run
 from .sheet import beside
 
 __all__ = ["Pipeline", "load", "open_run", "trained"]
-
-_HOW = {
-    "image": "give bytes [c h w] and a mask, on the command line --known IMAGE --mask MASK",
-    "video": "give bytes [c t h w] and a mask",
-    "text": "give code points [l] and a mask, on the command line --prompt or --template",
-    "vector": "give floats [d] and a mask",
-}
-
-
-def _broadcasts(mask: Sequence[int], values: Sequence[int]) -> bool:
-    """Whether a mask serves values: the same size, or 1, for samples and channels; the same size everywhere else."""
-    first = 2 if len(values) > 2 else 1
-    same = all(m in (1, v) for m, v in zip(mask[:first], values[:first], strict=True))
-    return same and tuple(mask[first:]) == tuple(values[first:])
-
 
 _NOTHING = Conditioning()
 
@@ -119,8 +104,8 @@ class Pipeline:
         """As `sample`, one batch at a time."""
         chosen, times = self.check(**settings)
         labels = self.labels(label, count)
-        given = None if known is None else self._checked(known, count)
-        images = None if control is None else self._control(control, count)
+        given = None if known is None else checked_known(self.recipe, self.shape, known, count)
+        images = None if control is None else checked_control(self.recipe, control, count, self.device)
         total = chosen.steps * -(-count // chosen.batch)
         for number, first in enumerate(range(0, count, chosen.batch)):
             ids = torch.arange(first, min(first + chosen.batch, count))
@@ -132,7 +117,9 @@ class Pipeline:
 
             parts = Conditioning()
             if given is not None:
-                parts = dataclasses.replace(parts, known=self._encoded(given, ids))
+                parts = dataclasses.replace(
+                    parts, known=encoded_known(self.recipe, self.shape, given, ids, self.device)
+                )
             if images is not None:
                 scale = torch.full((len(ids),), chosen.control_scale)
                 encoded = self.recipe.control(images[ids].to(self.device))
@@ -262,72 +249,6 @@ class Pipeline:
         if len(label) != count:
             raise DitkitError(f"{len(label)} labels were given for {count} samples: give one, or one for each")
         return self.recipe.conditioner.index(label)
-
-    def _checked(self, known: Known, count: int) -> Known:
-        """What is known, one row for all samples or one for each. Raises DitkitError for what does not fit."""
-        values, mask = known.values, known.mask
-        tokens, rank = self.recipe.codec.vocab > 0, len(self.shape)
-        kinds = {(False, 4): "video", (False, 3): "image", (False, 1): "vector", (True, 1): "text"}
-        if (tokens, rank) not in kinds:
-            raise DitkitError(f"this model draws {list(self.shape)}, of which no part can be given")
-        wants, bytewise = kinds[tokens, rank], values.dtype == torch.uint8
-        fits = (values.is_floating_point(), bytewise) == (wants == "vector", wants in ("image", "video"))
-        if not fits or values.ndim not in (rank, rank + 1):
-            raise DitkitError(
-                f"what is known is {str(values.dtype).removeprefix('torch.')} {list(values.shape)}, and this model "
-                f"draws {wants}s: {_HOW[wants]}"
-            )
-        if values.ndim == rank:
-            values, mask = values[None], mask[None]
-        try:
-            shape = self.recipe.codec.shape(tuple(values.shape[1:]))
-        except DitkitError:
-            shape = None
-        if shape != self.shape:
-            empty = torch.zeros(1, *self.shape, dtype=torch.long if tokens else torch.float32)
-            own, drawn = list(values.shape[1:]), list(self.recipe.codec.decode(empty).shape[1:])
-            raise DitkitError(f"the known {wants} is {own}, and this model draws {drawn}: give one of that size")
-        if wants == "video" and shape != tuple(values.shape[1:]):
-            raise DitkitError("parts of videos can be given where pixels are diffused, and this model has latents")
-        if mask.dtype != torch.bool or mask.ndim != values.ndim or not _broadcasts(mask.shape, values.shape):
-            raise DitkitError(
-                f"the mask of what is known is {str(mask.dtype).removeprefix('torch.')} {list(mask.shape)}, and the "
-                f"{wants} {list(values.shape)}: it is boolean (True = known) and of the same size"
-            )
-        if len(values) not in (1, count):
-            raise DitkitError(f"{len(values)} known parts were given for {count} samples: give one, or one for each")
-        neutral = 128 if bytewise else 0
-        values = torch.where(mask, values, torch.tensor(neutral, dtype=values.dtype))
-        if not bool(torch.isfinite(values).all()):
-            raise DitkitError("what is known holds numbers that are not finite")
-        if tokens:
-            self.recipe.codec.encode(values)  # an unknown character is said before anything is drawn
-        return Known(values, mask.expand_as(values))
-
-    @torch.no_grad()
-    def _control(self, images: Tensor, count: int) -> Tensor:
-        """A control image for each sample. Raises DitkitError for images that do not fit, and for another model."""
-        shape = self.recipe.controlled.shape
-        many = images if images.ndim == 4 else images[None]
-        rows = 1 if images.ndim == 3 else count
-        drawn = list(self.recipe.codec.decode(torch.zeros(1, *shape, device=self.device)).shape[1:])
-        if images.dtype != torch.uint8 or list(many.shape) != [rows, *drawn]:
-            raise DitkitError(
-                f"control images are bytes {drawn}, one for all samples or one for each of the {count}, and these are "
-                f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
-            )
-        return many.expand(count, -1, -1, -1)
-
-    @torch.no_grad()
-    def _encoded(self, known: Known, ids: Tensor) -> Known:
-        """What is known of these samples, as it is diffused."""
-        rows = slice(None) if len(known.values) == 1 else ids
-        x0, mask = self.recipe.codec.encode(known.values[rows].to(self.device)), known.mask[rows].to(self.device)
-        if x0.shape[1:] != mask.shape[1:]:  # latents: known where no pixel is unknown
-            unknown = (~mask).any(1, keepdim=True).float()
-            mask = F.adaptive_max_pool2d(unknown, x0.shape[2:]) == 0
-        shape = (len(ids), *self.shape)
-        return Known(x0.expand(shape), mask.expand(shape))
 
     @torch.no_grad()
     def _batch(

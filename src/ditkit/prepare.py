@@ -7,7 +7,6 @@ since is made anew.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import multiprocessing
 import queue
@@ -16,24 +15,17 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Float, Shaped
-from safetensors.torch import save
-from torch import Tensor
 from tqdm import tqdm
 
-from .codecs import Codec, Latents, Posterior
-from .config import DitkitError, differences, from_json, to_json
-from .data import Dataset, Split
-from .data.prepared import CODEC, FORMAT, INDEX, Prepared, places, problem, read_codec, read_index
+from .config import DitkitError, differences, from_json
+from .data.prepared import CODEC, INDEX, Prepared, places, problem, read_codec, read_index
 from .files import TEMPORARY, atomic_write, held
-from .recipe import Recipe, device_of
-from .rng import Draw
+from .recipe import Recipe
+from .shards import Job, Task, file_entry, packed
 
 __all__ = ["prepare"]
 
@@ -72,13 +64,13 @@ def prepare(
     codec = recipe.codec
     if old is not None and old["source"] == data.source and from_json(old["codec"], str(folder / INDEX)).inner == codec:
         codec = read_codec(folder, old).inner  # what it learned is not learned anew: the same shards on any machine
-    job = _Job.planned(recipe, data, codec.fitted(data), dtype, shard, batch)
+    job = Job.planned(recipe, data, codec.fitted(data), dtype, shard, batch)
     with held(folder / ".lock") as mine:
         if not mine:
             raise DitkitError(f"another process is preparing {folder}: wait for it, or stop it")
         if old is None:
             if learned := job.codec.state():
-                atomic_write(folder / CODEC, _packed(learned))
+                atomic_write(folder / CODEC, packed(learned))
             atomic_write(folder / INDEX, _text(job.index))
         else:
             _same(folder, old, job.index)
@@ -95,160 +87,11 @@ def prepare(
     return True
 
 
-@dataclass(frozen=True)
-class _Task:
-    """One shard: samples first..last-1 of a split."""
-
-    split: str
-    file: str
-    first: int
-    last: int
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What is encoded, and the index of it without its shards."""
-
-    data: Dataset
-    codec: Codec
-    index: dict[str, Any]
-    device: torch.device
-
-    @classmethod
-    def planned(cls, recipe: Recipe, data: Dataset, codec: Codec, dtype: str, shard: int, batch: int) -> _Job:
-        """Raises DitkitError for data and codecs that cannot be prepared."""
-        if codec.vocab:
-            raise DitkitError(f"{data.name} is encoded to tokens, which are as small as the data: train on it as it is")
-        if not len(data.train):
-            raise DitkitError(f"{data.name} has no training samples")
-        device = device_of(recipe.train.device)
-        codec.shape(data.shape)
-        one = data.train.batch(torch.zeros(1, dtype=torch.int64))
-        if not isinstance(codec, Posterior) and (drawn := _draws(lambda rng: codec.encode(one.data.to(device), rng))):
-            raise DitkitError(f"the codec draws {drawn[0]!r} and does not say from what: it cannot be prepared")
-        _, moments, *latent = _moments(codec, one.data.to(device)).shape
-        mirrors = _mirrors(data.train, data.name)
-        splits = {}
-        for name, split in (("train", data.train), ("heldout", data.heldout)):
-            versions = 2 if mirrors and name == "train" else 1
-            arrays = {"latents": {"dtype": dtype, "shape": [versions, moments, *latent]}}
-            if one.label is not None:
-                arrays["label"] = {"dtype": "int64", "shape": []}
-            if one.text is not None:
-                arrays["text"] = {"dtype": "int32", "shape": list(one.text.shape[1:])}
-            splits[name] = {"count": len(split), "arrays": arrays, "shards": []}
-        learned = codec.state()
-        index = {
-            "format": FORMAT,
-            "complete": False,
-            "name": data.name,
-            "source": data.source,
-            "classes": list(data.classes),
-            "captions": data.captions,
-            "data": to_json(recipe.data),
-            "codec": to_json(Latents(codec, tuple(data.shape), moments)),
-            "learned": _entry(CODEC, _packed(learned)) if learned else None,
-            "dtype": dtype,
-            "shard": shard,
-            "batch": batch,
-            "splits": splits,
-        }
-        return cls(data, codec, index, device)
-
-    @property
-    def tasks(self) -> list[_Task]:
-        """All shards, in order."""
-        size = self.index["shard"]
-        return [
-            _Task(name, f"{name}-{number:05d}.bin", first, min(first + size, part["count"]))
-            for name, part in self.index["splits"].items()
-            for number, first in enumerate(range(0, part["count"], size))
-        ]
-
-    @torch.no_grad()
-    def content(self, task: _Task, tick: Callable[[int], Any]) -> bytearray:
-        """The bytes of a shard; tick(n) after each n samples. Raises DitkitError for what float16 cannot hold."""
-        arrays = self.index["splits"][task.split]["arrays"]
-        where, size = places(arrays, task.last - task.first)
-        content = bytearray(size)
-        whole = {
-            name: np.frombuffer(content, np.uint8)[a:b].view(arrays[name]["dtype"]).reshape(-1, *arrays[name]["shape"])
-            for name, (a, b) in where.items()
-        }
-        split: Split = self.data.train if task.split == "train" else self.data.heldout
-        for first in range(task.first, task.last, self.index["batch"]):
-            ids = torch.arange(first, min(first + self.index["batch"], task.last))
-            rows = slice(first - task.first, first - task.first + len(ids))
-            found = split.batch(ids)
-            images = found.data.to(self.device)
-            versions = [images, images.flip(-1)][: arrays["latents"]["shape"][0]]
-            for version, data in enumerate(versions):
-                moments = _moments(self.codec, data).float().cpu().numpy()
-                with np.errstate(over="ignore"):
-                    whole["latents"][rows, version] = moments
-                if not np.isfinite(whole["latents"][rows, version]).all():
-                    largest = float(np.abs(moments).max())
-                    raise DitkitError(
-                        f"latents of samples {first}..{int(ids[-1])} of the {task.split} split are as large as "
-                        f"{largest:g}, which {arrays['latents']['dtype']} cannot hold: choose --dtype float32"
-                    )
-            for name, values in (("label", found.label), ("text", found.text)):
-                if values is not None:
-                    whole[name][rows] = values.numpy()
-            tick(len(ids))
-        return content
-
-
-def _moments(codec: Codec, data: Shaped[Tensor, "b *sample"]) -> Float[Tensor, "b m *latent"]:
-    return codec.moments(data) if isinstance(codec, Posterior) else codec.encode(data)[:, None]
-
-
-class _Asking:
-    """Draws that remember what was asked for; each is everywhere the same number."""
-
-    def __init__(self, count: int, value: float):
-        self.count, self.value, self.names = count, value, list[str]()
-
-    def at(self, step: int, sample_ids: Tensor | None = None) -> _Asking:
-        return self
-
-    def __call__(self, name: str, law: Any, shape: Sequence[int] = ()) -> Tensor:
-        self.names.append(name)
-        return torch.full((self.count, *shape), self.value)
-
-
-def _draws(run: Callable[[Draw], Any], value: float = 0.5) -> list[str]:
-    """The names of the draws that an operation on one sample asks for."""
-    asking = _Asking(1, value)
-    run(asking)
-    return asking.names
-
-
-def _mirrors(split: Split, name: str) -> bool:
-    """Whether training mirrors images left to right. Raises DitkitError for another augmentation."""
-    one = torch.zeros(1, dtype=torch.int64)
-    names = _draws(lambda rng: split.batch(one, rng))
-    if not names:
-        return False
-    mirrored = split.batch(one, _Asking(1, 0.0)).data
-    if names != ["flip"] or not torch.equal(mirrored, split.batch(one).data.flip(-1)):
-        raise DitkitError(f"{name} is augmented by {', '.join(names)}; only mirroring left to right can be prepared")
-    return True
-
-
-def _packed(learned: Mapping[str, Tensor]) -> bytes:
-    return save({name: value.cpu().contiguous() for name, value in learned.items()})
-
-
-def _entry(file: str, content: bytes | bytearray) -> dict[str, Any]:
-    return {"file": file, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
 def _text(index: Mapping[str, Any]) -> str:
     return json.dumps(index, indent=1) + "\n"
 
 
-def _record(folder: Path, task: _Task) -> Path:
+def _record(folder: Path, task: Task) -> Path:
     """Where the entry of a shard is kept until the index is finished."""
     return folder / f"{task.file}.json"
 
@@ -277,7 +120,7 @@ def _same(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         raise DitkitError(f"{folder} was prepared otherwise: {said[0] if said else name}; choose another --out")
 
 
-def _kept(folder: Path, old: Mapping[str, Any] | None, job: _Job) -> dict[str, dict[str, Any]]:
+def _kept(folder: Path, old: Mapping[str, Any] | None, job: Job) -> dict[str, dict[str, Any]]:
     """The entries of the shards that are there and sound; what is left of others is removed."""
     for leftover in folder.glob(f"{TEMPORARY}*"):
         leftover.unlink()
@@ -300,7 +143,7 @@ def _kept(folder: Path, old: Mapping[str, Any] | None, job: _Job) -> dict[str, d
     return kept
 
 
-def _space(folder: Path, job: _Job, done: Mapping[str, Any]) -> None:
+def _space(folder: Path, job: Job, done: Mapping[str, Any]) -> None:
     """Raises DitkitError if the disk cannot hold what is missing."""
     needed = sum(
         places(job.index["splits"][task.split]["arrays"], task.last - task.first)[1]
@@ -314,17 +157,17 @@ def _space(folder: Path, job: _Job, done: Mapping[str, Any]) -> None:
         )
 
 
-def _write(folder: Path, job: _Job, task: _Task, tick: Callable[[int], Any]) -> dict[str, Any]:
+def _write(folder: Path, job: Job, task: Task, tick: Callable[[int], Any]) -> dict[str, Any]:
     """Make a shard and its record; the entry of the index."""
     content = job.content(task, tick)
-    entry = {**_entry(task.file, content), "count": task.last - task.first}
+    entry = {**file_entry(task.file, content), "count": task.last - task.first}
     atomic_write(folder / task.file, lambda path: path.write_bytes(content))
     atomic_write(_record(folder, task), json.dumps(entry) + "\n")
     return entry
 
 
 def _made(
-    folder: Path, job: _Job, tasks: Sequence[_Task], workers: int, quiet: bool, done: dict[str, dict[str, Any]]
+    folder: Path, job: Job, tasks: Sequence[Task], workers: int, quiet: bool, done: dict[str, dict[str, Any]]
 ) -> bool:
     """Make the missing shards, here or in processes, and note their entries in `done`. False after Ctrl-C."""
     total = sum(task.last - task.first for task in job.tasks)
@@ -356,7 +199,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _dealt(
-    folder: Path, job: _Job, tasks: Sequence[_Task], workers: int, tick: Callable[[int], Any]
+    folder: Path, job: Job, tasks: Sequence[Task], workers: int, tick: Callable[[int], Any]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Files and entries of shards as processes finish them. Raises what went wrong in one; then all are ended."""
     context = multiprocessing.get_context("spawn")  # torch's threads and a GPU do not survive a fork
@@ -412,7 +255,7 @@ def _work(folder: Path, device: str, todo: Any, said: Any) -> None:
         data = from_json(index["data"]).open()
         if data.source != index["source"]:
             raise DitkitError(f"the data has changed: it was {index['source']}, it is {data.source}")
-        job = _Job(data, read_codec(folder, index).inner, index, torch.device(device))
+        job = Job(data, read_codec(folder, index).inner, index, torch.device(device))
         while (task := todo.get()) is not None:
             said.put(("made", _write(folder, job, task, tick)))
     except Exception as error:
