@@ -226,6 +226,18 @@ def test_all_that_the_files_say_is_in_the_fitted_recipe_and_what_is_given_wins(
     assert not torch.equal(other.encode(images), fitted.encode(images))
 
 
+def test_a_folder_is_the_same_from_everywhere(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = next(iter(folders.values()))
+    monkeypatch.chdir(folder.parent)
+    codec = Autoencoder(folder.name)
+    assert codec.path == str(folder.resolve())
+    monkeypatch.chdir(tmp_path)
+    assert from_json(to_json(codec)).filled().channels
+    assert Autoencoder(folder.name).path == folder.name  # here it is a name on the hub
+
+
 def test_statistics_that_are_given_take_the_place_of_a_shift(folders: dict[str, Path], images: Tensor) -> None:
     statistics: dict[str, Any] = {"means": (0.5,) * 16, "stds": (2.0,) * 16}
     codec = Autoencoder.of(folders["sd3"], **statistics)

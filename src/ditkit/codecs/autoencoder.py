@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -82,6 +83,9 @@ class Autoencoder(Stateless):
     """One image of a batch at a time: less memory."""
 
     def __post_init__(self) -> None:
+        folder = os.path.abspath(os.path.expanduser(self.path))
+        if os.path.isfile(os.path.join(folder, "config.json")):  # the same from wherever a run is continued
+            object.__setattr__(self, "path", folder)
         given = [v for v in (self.channels, self.factor) if v is not None]
         if (given and min(given) < 1) or (self.scale is not None and not self.scale > 0):
             raise DitkitError(
