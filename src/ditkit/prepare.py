@@ -68,6 +68,8 @@ def prepare(
     with held(folder / ".lock") as mine:
         if not mine:
             raise DitkitError(f"another process is preparing {folder}: wait for it, or stop it")
+        if read_index(folder) != old:  # between the first look and the lock
+            raise DitkitError(f"another process has prepared {folder} meanwhile: repeat the command")
         if old is None:
             if learned := job.codec.state():
                 atomic_write(folder / CODEC, packed(learned))

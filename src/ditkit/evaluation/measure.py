@@ -312,8 +312,9 @@ def measure_kid(path: str | Path, *, seed: int = 0, device: str = "auto", **sett
 def codec_kid(pipeline: Pipeline) -> float:
     """The kernel distance of held-out images to themselves after the codec: what a perfect network would give."""
     recipe = pipeline.recipe
-    features, reference, _ = _reference(recipe.data, recipe.evaluate.size, str(pipeline.device))
-    split = recipe.data.open().heldout
+    data = _original(recipe.data)
+    features, reference, _ = _reference(data, recipe.evaluate.size, str(pipeline.device))
+    split = data.open().heldout
     images = _samples(split, len(split))[0].to(pipeline.device)
     return kernel_distance(features(recipe.codec.decode(recipe.codec.encode(images)).cpu()), reference).value
 
