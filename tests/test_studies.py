@@ -92,6 +92,8 @@ def test_every_cell_and_seed_is_a_run_folder_and_nothing_is_done_twice(tmp_path:
     measured: list[tuple[str, int]] = []
     said: list[str] = []
     study = toy(measured, {"high": 5.0})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".writing-1-study.json").write_text("{")  # another process begins, or was killed
     assert compare(study, tmp_path / "out", quiet=True, say=said.append)
     assert measured == [("low", 0), ("high", 0), ("low", 1), ("high", 1)]
     assert said[0] == "1/4 low, seed 0: height 1"

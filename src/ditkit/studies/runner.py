@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..config import DitkitError, NotFinite, differences, from_json, to_json
-from ..files import atomic_write, held
+from ..files import TEMPORARY, atomic_write, held
 from ..recipe import Recipe
 from ..report import Listing, Report, Section, Table, number, provenance, write
 from ..runs import Run
@@ -85,6 +85,8 @@ def _claim(study: Study, out: Path) -> None:
     """Make the folder this study's own. Raises DitkitError if it is another's."""
     mine = {"study": study.name, "preset": study.preset}
     path = out / "study.json"
+    # before the look at study.json, which another process may be writing
+    foreign = out.exists() and [p for p in out.iterdir() if not p.name.startswith(TEMPORARY)]
     if path.exists():
         found = _json(path)
         if {key: found.get(key) for key in mine} != mine:
@@ -93,7 +95,7 @@ def _claim(study: Study, out: Path) -> None:
                 f"with {study.preset}: choose another --out"
             )
         return
-    if out.exists() and any(out.iterdir()):
+    if foreign:
         raise DitkitError(f"{out} is not empty and holds no study: choose another --out")
     atomic_write(path, json.dumps(mine) + "\n")
 
