@@ -19,6 +19,7 @@ import torch
 import ditkit.recipe  # noqa: F401  the registry must know all names
 from ditkit.cli.configs import read
 from ditkit.config import lookup, to_json
+from ditkit.evaluation.reconstruction import psnr, squared_errors
 from ditkit.sheet import png, sheet
 
 PCA = [f"pca factor={f} channels={c}" for f, c in ((4, 4), (4, 8), (4, 16), (4, 48), (8, 16), (8, 32), (8, 64))]
@@ -42,8 +43,8 @@ def main() -> None:
         fitted = time.perf_counter()
         back = torch.cat([codec.decode(codec.encode(part)) for part in heldout.split(32)])
         done = time.perf_counter()
-        error = (back.double() - heldout.double()).square().flatten(1).mean(1)
-        each, whole = 10 * torch.log10(255**2 / error), 10 * torch.log10(255**2 / error.mean())
+        error, size = squared_errors(back, heldout), math.prod(data.shape)
+        each, whole = psnr(error, size), psnr(error.mean(), size)
         shape = codec.shape(data.shape)
         words = " ".join(f"{k}={v}" for k, v in to_json(codec).items() if k not in ("type", "samples"))
         share = math.prod(shape) / math.prod(data.shape)
