@@ -28,7 +28,7 @@ REGISTERED = {
     for name, entry in entries.items()
     if isinstance(entry, type) and dataclasses.is_dataclass(entry)
 }
-REQUIRED = {str: "at_least", int: 3, float: 1.5, bool: True}
+REQUIRED = {str: "at_least", int: 3, float: 1.5, bool: True, Any: Linear(), tuple[int, ...]: (3, 8, 8)}
 
 
 def example(cls: type) -> Any:

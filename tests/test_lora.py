@@ -143,14 +143,19 @@ def test_a_run_is_fine_tuned_sampled_exported_and_begun_from(tmp_path: Path, cap
         ("--lora 2", "give the weights with --init"),
         ("--lora-targets qkv", "needs --lora RANK"),
         ("--lora 0 --init nowhere", "rank is at least 1"),
-        ("--lora 2 --lora-targets w --init nowhere", "no Linear of the model is called 'w'"),
+        ("--lora 2 --init nowhere", "there is no file nowhere"),
+        ("--lora 2 --lora-targets w --init BASE", "no Linear of the model is called 'w'"),
     ],
 )
 def test_wrong_uses_are_said_in_one_line(
     words: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    out = tmp_path / "run"
-    assert main(["train", "digits", *TINY.split(), "--out", str(out), *words.split()]) == 1
+    out, base = tmp_path / "run", tmp_path / "base"
+    command = ["train", "digits", *TINY.split(), "--out"]
+    if "BASE" in words:
+        assert main([*command, str(base), "--train.steps", "1"]) == 0
+        capsys.readouterr()
+    assert main([*command, str(out), *words.replace("BASE", str(base)).split()]) == 1
     error = capsys.readouterr().err.strip()
     assert message in error
     assert len(error.splitlines()) == 1

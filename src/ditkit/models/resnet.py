@@ -80,7 +80,7 @@ class ResNet(Model):
 
     def init_weights(self, rng: Rng) -> None:
         """What a block adds, its scales and shifts, and the output are 0; all else follows torch's own law."""
-        films = [block.emb_layers for block in self.blocks if isinstance(block, ResBlock)]
+        films = [b.emb_layers for b in self.blocks if isinstance(b, ResBlock) and b.emb_layers is not None]
         init_convolutional(self, rng.generator, zero=(self.out[-1], *films))
 
     def prepare(self, cond: Conditioning, shape: Sequence[int], times: Sequence[float] = ()) -> Conditioning:
