@@ -253,15 +253,23 @@ def started(folder: Path, *more: str) -> subprocess.Popen[str]:
     return process
 
 
+def signalled(tmp_path: Path, number: int, *more: str) -> tuple[Path, int, str, str]:
+    """The folder, exit status and output of COMMAND that was sent a signal; one that came too late shows nothing."""
+    attempt = 0
+    while True:
+        folder = tmp_path / f"shards-{attempt}"
+        process = started(folder, *more)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+        if process.returncode or attempt == 4:
+            return folder, process.returncode, out, err
+        attempt += 1
+
+
 @pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_a_killed_one_is_gone_on_with(whole: dict[str, bytes], workers: str, ditkit: Command, tmp_path: Path) -> None:
-    for attempt in range(5):  # one that is killed when all is done shows nothing
-        folder = tmp_path / f"shards-{attempt}"
-        process = started(folder, "--workers", workers)
-        process.kill()
-        process.communicate()
-        if not json.loads((folder / "index.json").read_text())["complete"]:
-            break
+    folder, status, _, _ = signalled(tmp_path, signal.SIGKILL, "--workers", workers)
+    assert status == -signal.SIGKILL
     assert not json.loads((folder / "index.json").read_text())["complete"]
     with pytest.raises(DitkitError, match="is not finished: go on with"):
         Prepared(str(folder)).open()
@@ -284,14 +292,8 @@ def test_a_killed_one_is_gone_on_with(whole: dict[str, bytes], workers: str, dit
 
 
 def test_ctrl_c(whole: dict[str, bytes], tmp_path: Path) -> None:
-    for attempt in range(5):  # a signal that comes when all is done shows nothing
-        folder = tmp_path / f"shards-{attempt}"
-        process = started(folder)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-        if process.returncode:
-            break
-    assert (process.returncode, out) == (130, "")
+    folder, status, out, err = signalled(tmp_path, signal.SIGINT)
+    assert (status, out) == (130, "")
     assert err == "stopped; the same command goes on from the last whole shard\n"
     assert not list(folder.glob(".writing-*"))
 
