@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from ditkit.codecs import Pca, TrainedAutoencoder
+from ditkit.codecs import Pca, TrainedAutoencoder, examples
 from ditkit.conditioning import Conditioning
 from ditkit.config import DitkitError, from_json, to_json
 from ditkit.data import Folder
@@ -31,7 +31,7 @@ from ditkit.models import Autoencoder, AutoencoderConfig, JiTConfig, Model
 from ditkit.pipeline import Pipeline, load, open_run
 from ditkit.recipe import Recipe, Train
 from ditkit.recipes import find_recipe
-from ditkit.reconstructions import Reconstructions, examples
+from ditkit.reconstructions import Reconstructions
 from ditkit.rng import Replay, Rng
 from ditkit.runs import Run
 from ditkit.training import Trainer, train

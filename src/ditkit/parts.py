@@ -15,7 +15,7 @@ from .exchange import imported, new_run, write_run
 from .interop import FORMATS, adapted, open_source, read, size_name
 from .models import ControlConfig, unadapted
 from .recipe import Recipe
-from .runs import Run, find_run
+from .runs import Run, find_run, is_run
 
 __all__ = ["import_part"]
 
@@ -66,7 +66,7 @@ def _base(
 ) -> tuple[Recipe, dict[str, Tensor], list[str]]:
     """The recipe of the base, its weights, and where they are from. Raises DitkitError."""
     folder = Path(base)
-    if folder.is_dir() and ((folder / "recipe.json").exists() or (folder / "state.json").exists()):
+    if is_run(folder):
         if autoencoder is not None:
             raise DitkitError(f"{base} is a run, which has its codec: leave out --autoencoder")
         checkpoint, recipe = find_run(folder)

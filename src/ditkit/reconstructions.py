@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -10,24 +9,13 @@ from jaxtyping import Float, UInt8
 from safetensors.torch import save
 from torch import Tensor
 
-from .codecs import Pixels, trained
+from .codecs import Pixels, examples, trained
 from .config import DitkitError, registered_as
 from .data import Dataset, Split
 from .models import Autoencoder
 from .recipe import Recipe
-from .rng import Rng
 
-__all__ = ["EXAMPLES", "Reconstructions", "examples"]
-
-EXAMPLES = 4096
-"""The most training images that components and statistics are found from; of more, this many are drawn."""
-_AT_ONCE = 64
-
-
-def examples(split: Split, most: int = EXAMPLES) -> Iterator[UInt8[Tensor, "b *sample"]]:
-    """Samples of a split in batches, not augmented: all of them, or `most`, the same for everyone."""
-    for part in Rng(0).some("codec", len(split), most).split(_AT_ONCE):
-        yield split.batch(part).data
+__all__ = ["Reconstructions"]
 
 
 class Reconstructions:

@@ -30,7 +30,7 @@ from .config import DitkitError, registered_as
 from .files import TEMPORARY, atomic_write, held, reason, sha256, sync
 from .recipe import Recipe
 
-__all__ = ["Checkpoint", "Run", "find_checkpoint", "find_run"]
+__all__ = ["Checkpoint", "Run", "find_checkpoint", "find_run", "is_run"]
 
 FORMAT = 2
 """The number of what a checkpoint holds and how; 1 = those that have none."""
@@ -302,6 +302,11 @@ class Run:
         if self.log.exists():
             kept = [json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step and row["step"] % every == 0]
             atomic_write(self.log, "".join(kept))
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run, or one checkpoint of a run."""
+    return folder.is_dir() and ((folder / "recipe.json").exists() or (folder / "state.json").exists())
 
 
 def step_of(folder: Path) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from .interop import FORMATS, read
 from .models import ControlConfig, LoRAConfig, unadapted
 from .recipe import Recipe
-from .runs import find_run
+from .runs import find_run, is_run
 
 __all__ = ["Start", "begin_from"]
 
@@ -35,7 +35,7 @@ def begin_from(path: str | Path, recipe: Recipe) -> Start:
     What a file does not say (the number of heads) is taken to be as in the recipe.
     """
     folder = Path(path)
-    if folder.is_dir() and ((folder / "recipe.json").exists() or (folder / "state.json").exists()):
+    if is_run(folder):
         checkpoint, before = find_run(folder)
         weights, name = checkpoint.chosen(before)
         config, weights = unadapted(before.model, weights)

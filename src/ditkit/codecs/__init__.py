@@ -2,7 +2,7 @@
 
 from .autoencoder import Autoencoder
 from .characters import Characters
-from .codec import Codec, Posterior, Samples, Stateless
+from .codec import Codec, Posterior, Samples, Stateless, examples
 from .latents import Latents
 from .pca import Pca
 from .pixels import Pixels
@@ -23,4 +23,5 @@ __all__ = [
     "TokenIds",
     "TrainedAutoencoder",
     "Vectors",
+    "examples",
 ]

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..config import DitkitError, near, register
 from ..hub import locate, unloadable
 from ..rng import Draw
-from .codec import Samples, Stateless
+from .codec import Samples, Stateless, draw
 
 __all__ = ["Autoencoder"]
 
@@ -163,11 +163,9 @@ class Autoencoder(Stateless):
         return torch.stack([F.pixel_unshuffle(moment, kind.patch) for moment in moments], 1)
 
     def drawn(self, moments: Float[Tensor, "b m c h w"], rng: Draw | None = None) -> Float[Tensor, "b c h w"]:
-        codec, z = self.filled(), moments[:, 0]
+        codec, z = self.filled(), draw(moments, rng)
         assert codec.scale is not None
         assert codec.shift is not None
-        if moments.shape[1] == 2 and rng is not None:
-            z = z + moments[:, 1] * rng("codec", "normal", z.shape[1:]).to(z)
         if codec.means:
             mean, std = codec._by_channel(z)
             return (z - mean) * codec.scale / std

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, Self, runtime_checkable
 
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from ..rng import Draw
+from ..rng import Draw, Rng
 
-__all__ = ["Codec", "Posterior", "Samples", "Stateless"]
+__all__ = ["EXAMPLES", "Codec", "Posterior", "Samples", "Stateless", "draw", "examples"]
+
+EXAMPLES = 4096
+"""The most training samples that components and statistics are found from; of more, this many are drawn."""
 
 
 class Part(Protocol):
@@ -19,6 +22,12 @@ class Part(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, indices: Int[Tensor, "b"]) -> Any: ...
+
+
+def examples(part: Part, most: int = EXAMPLES, at_once: int = 64) -> Iterator[Shaped[Tensor, "b *sample"]]:
+    """Samples of a part in batches, not augmented: all of them, or `most`, the same for everyone."""
+    for indices in Rng(0).some("codec", len(part), most).split(at_once):
+        yield part.batch(indices).data
 
 
 class Samples(Protocol):
@@ -92,6 +101,14 @@ class Posterior(Protocol):
     def drawn(self, moments: Float[Tensor, "b m *shape"], rng: Draw | None = None) -> Float[Tensor, "b *shape"]:
         """Without `rng`, what the mean stands for. Draws "codec" where m = 2."""
         ...
+
+
+def draw(moments: Float[Tensor, "b m *shape"], rng: Draw | None) -> Float[Tensor, "b *shape"]:
+    """The mean; with a standard deviation (m = 2) and `rng`, a draw of the Gaussian ("codec")."""
+    z = moments[:, 0]
+    if moments.shape[1] == 2 and rng is not None:
+        z = z + moments[:, 1] * rng("codec", "normal", z.shape[1:]).to(z)
+    return z
 
 
 class Stateless:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..config import DitkitError, learned, register
 from ..layers import principal_components, project, unproject
-from ..rng import Draw, Rng
-from .codec import Samples
+from ..rng import Draw
+from .codec import EXAMPLES, Samples, examples
 from .pixels import Pixels
 
 __all__ = ["Pca"]
@@ -40,7 +40,7 @@ class Pca:
     """Pixels of an image in one latent, along a side."""
     channels: int = 16
     """Components that are kept, at most the numbers of a patch."""
-    samples: int = 4096
+    samples: int = EXAMPLES
     """The most training images that the components are found from; of more, this many are drawn."""
     basis: Mapping[str, Tensor] | None = learned()
 
@@ -86,9 +86,8 @@ class Pca:
             return self
         if not len(data.train):
             raise DitkitError("the codec pca is fitted to training images, and there are none")
-        chosen = Rng(0).some("codec", len(data.train), self.samples)
-        parts = chosen.split(max(1, _AT_ONCE // math.prod(data.shape)))
-        images = (_PIXELS.encode(data.train.batch(part).data) for part in parts)
+        parts = examples(data.train, self.samples, max(1, _AT_ONCE // math.prod(data.shape)))
+        images = map(_PIXELS.encode, parts)
         return replace(self, basis=principal_components(images, self.factor, self.channels))
 
     def state(self) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..config import DitkitError, from_json, learned, register, to_json
 from ..models import Autoencoder, AutoencoderConfig
 from ..rng import Draw
-from .codec import Samples
+from .codec import Samples, draw
 from .pixels import Pixels
 
 __all__ = ["FILE", "TrainedAutoencoder", "state"]
@@ -150,10 +150,7 @@ class TrainedAutoencoder:
 
     def drawn(self, moments: Float[Tensor, "b m k h/f w/f"], rng: Draw | None = None) -> Float[Tensor, "b k h/f w/f"]:
         """Without `rng`, the mean. Draws "codec" where there is a standard deviation."""
-        z = moments[:, 0]
-        if moments.shape[1] == 2 and rng is not None:
-            z = z + moments[:, 1] * rng("codec", "normal", z.shape[1:]).to(z)
-        return z
+        return draw(moments, rng)
 
     @torch.no_grad()
     def decode(self, x0: Float[Tensor, "b k h/f w/f"]) -> UInt8[Tensor, "b c h w"]:

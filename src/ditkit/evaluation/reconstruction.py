@@ -57,15 +57,12 @@ def measure_reconstructions(
                 shown += [images[rows], found["psnr_pca"][rows], found["psnr"][rows]]
     numbers: dict[str, float | None] = {}
     size = math.prod(data.shape)
+    each = {name: psnr(torch.cat(parts), size) for name, parts in errors.items()}
     for name, parts in errors.items():
-        error = torch.cat(parts)
-        each = psnr(error, size)
-        numbers[name] = float(each.mean())
-        numbers[f"{name}_error"] = float(each.std() / count**0.5)
-        numbers[f"{name}_of_mean"] = float(psnr(error.mean(), size))
-    numbers["psnr_gain"] = float(
-        (psnr(torch.cat(errors["psnr"]), size) - psnr(torch.cat(errors["psnr_pca"]), size)).mean()
-    )
+        numbers[name] = float(each[name].mean())
+        numbers[f"{name}_error"] = float(each[name].std() / count**0.5)
+        numbers[f"{name}_of_mean"] = float(psnr(torch.cat(parts).mean(), size))
+    numbers["psnr_gain"] = float((each["psnr"] - each["psnr_pca"]).mean())
     numbers["kl"] = float(torch.cat(nats).mean())
     rows = torch.cat(latents)
     means, stds = rows.mean(0), rows.std(0)

@@ -299,6 +299,17 @@ def _matrix(before: tuple[int, ...], after: tuple[int, ...]) -> Tensor:
     return patch_matrix(before[-1], after[-1])
 
 
+def _counted(
+    x: Float[Tensor, "n c f s"], channels: int, what: str, begins: str
+) -> tuple[Float[Tensor, "n k f s"], list[str]]:
+    """With so many channels: the last ones, which are `what`, left out or of zeros; and what became of them."""
+    if channels < x.shape[1]:
+        return x[:, :channels], [f"without {what}"]
+    if channels > x.shape[1]:
+        return F.pad(x, (0, 0, 0, 0, 0, channels - x.shape[1])), [f"{what} {begins} at 0"]
+    return x, []
+
+
 def _embedder(given: Tensor, own: Tensor, config: Any, target: Any, order: PatchOrder) -> tuple[Tensor, str]:
     """The layer that sees patches, for another patch, or with further channels or without."""
     before, after, said = _sides(config), _sides(target), []
@@ -306,13 +317,8 @@ def _embedder(given: Tensor, own: Tensor, config: Any, target: Any, order: Patch
     if before != after:
         made = made @ torch.linalg.pinv(_matrix(before, after).T).T
         said.append(f"patches of {target.patch_size} instead of {config.patch_size}")
-    channels = own.flatten(1).shape[1] // prod(after)
-    if channels < made.shape[1]:
-        made = made[:, :channels]
-        said.append("without the given channels")
-    elif channels > made.shape[1]:
-        made = F.pad(made, (0, 0, 0, 0, 0, channels - made.shape[1]))
-        said.append("the given channels begin at 0")
+    made, also = _counted(made, own.flatten(1).shape[1] // prod(after), "the given channels", "begin")
+    said += also
     return _joined(made, order).view(own.shape).to(given.dtype), ", ".join(said)
 
 
@@ -323,11 +329,6 @@ def _features(given: Tensor, own: Tensor, config: Any, target: Any, order: Patch
     if before != after:
         made = made @ _matrix(before, after).T
         said.append(f"patches of {target.patch_size} instead of {config.patch_size}")
-    outputs = own.shape[0] // prod(after)
-    if outputs < made.shape[1]:
-        made = made[:, :outputs]
-        said.append("without the variance")
-    elif outputs > made.shape[1]:
-        made = F.pad(made, (0, 0, 0, 0, 0, outputs - made.shape[1]))
-        said.append("the variance begins at 0")
+    made, also = _counted(made, own.shape[0] // prod(after), "the variance", "begins")
+    said += also
     return _joined(made, order).T.reshape(own.shape).to(given.dtype), ", ".join(said)

@@ -53,18 +53,17 @@ PUBLISHED: dict[str, Callable[[str], Recipe]] = {
 """The recipes of papers, which are given the folder of ImageNet's training images."""
 
 
+_OF_A_PATH: dict[str, Callable[[str], Recipe]] = {"folder": folder, "autoencoder": autoencoder, "control": control}
+
+
 def find_recipe(name: str) -> Recipe:
     """The recipe of a name, of folder:PATH, of control:RUN, or of a published one with its images: dit_xl_2:PATH.
 
     Raises DitkitError, with the near names, for an unknown one.
     """
     kind, colon, path = name.partition(":")
-    if kind == "folder" and path:
-        return folder(path)
-    if kind == "autoencoder" and path:
-        return autoencoder(path)
-    if kind == "control" and path:
-        return control(path)
+    if kind in _OF_A_PATH and path:
+        return _OF_A_PATH[kind](path)
     if kind in PUBLISHED:
         if not path:
             raise DitkitError(f"the recipe {kind} needs the folder of ImageNet's training images: write {kind}:PATH")

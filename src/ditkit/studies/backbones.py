@@ -257,7 +257,7 @@ def far_share(pipeline: Pipeline, samples: int = 64) -> float:
     ids = torch.arange(min(samples, len(split)))
     draws, batch = rng.at(0, ids.to(pipeline.device)), split.batch(ids)
     x0 = recipe.codec.encode(batch.data.to(pipeline.device), draws)
-    cond = recipe.conditioner(batch.given).to(pipeline.device)
+    cond = recipe.given(batch.given, pipeline.device)
     t = torch.full((len(ids),), 0.5, device=x0.device)
     alpha, sigma = recipe.denoiser.path(t[0].double())
     x = (float(alpha) * x0 + float(sigma) * draws("noise", "normal", x0.shape[1:])).detach().requires_grad_()

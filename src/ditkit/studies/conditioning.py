@@ -8,21 +8,18 @@ preset takes that away from its depth.
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..data import Digits, Folder
 from ..diffusion import Heun, LogitNormal, Meaning, Regression
-from ..evaluation import heldout_loss, measure_kid
 from ..models import DiTConfig
-from ..pipeline import load
-from ..plan import gmacs
 from ..recipe import Evaluate, Recipe, Sample, Train
 from ..recipes.dit import STEPS, dit_xl_2
 from ..recipes.imagenet import latents
 from ..report import Picture, Section, Table, Value, number, panels
 from ..sheet import sheet
-from .study import Cell, Claim, Finding, Results, Study
+from .measured import measure_network
+from .study import Cell, Claim, Results, Study
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,7 +38,7 @@ def conditioning(preset: str = "cpu") -> Study:
         "cross-attention, and in-context tokens last, although the last costs no less. Is it so at equal compute?"
     )
     seeds = (0, 1) if preset == "cpu" else (0,)
-    return Study("conditioning", preset, question, cells, _measure, _present, _CLAIMS, seeds)
+    return Study("conditioning", preset, question, cells, measure_network, _present, _CLAIMS, seeds)
 
 
 DEPTHS = {"adaln_zero": 13, "adaln": 13, "cross_attention": 11, "in_context": 12}
@@ -87,24 +84,6 @@ def _full() -> tuple[Cell, ...]:
         evaluate=Evaluate(samples=50_000, size=224),
     )
     return tuple(Cell(way, replace(base, model=replace(base.model, conditioning=way))) for way in ORDER)
-
-
-def _measure(folder: Path, cell: Cell, seed: int) -> Finding:
-    found = measure_kid(folder, seed=seed, device=cell.recipe.train.device)
-    pipeline = load(folder, device=cell.recipe.train.device)
-    model = pipeline.recipe.model
-    numbers = {
-        **{k: v for k, v in found.numbers.items() if v is not None},
-        "loss": heldout_loss(pipeline),
-        "gmacs": gmacs(model, model.shape),
-        "parameters": float(sum(p.numel() for p in pipeline.model.parameters() if p.requires_grad)),
-    }
-    protocol = {
-        **found.protocol,
-        "loss": "the training loss of the averaged weights on at most 1,000 held-out samples, one time and noise each",
-        "gmacs": "one forward pass of one sample",
-    }
-    return Finding(numbers, protocol, found.images)
 
 
 def _ordered(results: Results, name: str) -> list[tuple[float, str]]:

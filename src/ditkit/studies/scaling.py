@@ -10,22 +10,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 
 from ..data import Digits, Folder
 from ..diffusion import AB2, LogitNormal, Meaning, Regression
-from ..evaluation import heldout_loss, measure_kid
 from ..models import DiTConfig, model_config
-from ..pipeline import load
-from ..plan import gmacs
 from ..recipe import Evaluate, Recipe, Sample, Train
 from ..recipes.dit import STEPS, dit_xl_2
 from ..recipes.imagenet import latents
 from ..report import Line, Picture, Section, Table, Value, lines, number
 from ..rng import Rng
-from .study import Cell, Claim, Finding, Results, Study
+from .measured import measure_network
+from .study import Cell, Claim, Results, Study
 
 __all__ = ["PowerLaw", "power_law", "scaling"]
 
@@ -44,7 +41,7 @@ def scaling(preset: str = "cpu") -> Study:
         "and smaller patches, and is it a power law?"
     )
     seeds = (0, 1) if preset == "cpu" else (0,)
-    return Study("scaling", preset, question, cells, _measure, _present, _claims(PATCHES[preset]), seeds)
+    return Study("scaling", preset, question, cells, measure_network, _present, _claims(PATCHES[preset]), seeds)
 
 
 def _cpu() -> tuple[Cell, ...]:
@@ -96,25 +93,6 @@ def _full() -> tuple[Cell, ...]:
 
 def _name(size: str, patch: int) -> str:
     return f"{size}-{patch}"
-
-
-def _measure(folder: Path, cell: Cell, seed: int) -> Finding:
-    device = cell.recipe.train.device
-    found = measure_kid(folder, seed=seed, device=device)
-    pipeline = load(folder, device=device)
-    model = pipeline.recipe.model
-    numbers = {
-        **{k: v for k, v in found.numbers.items() if v is not None},
-        "loss": heldout_loss(pipeline),
-        "gmacs": gmacs(model, model.shape),
-        "parameters": float(sum(p.numel() for p in pipeline.model.parameters() if p.requires_grad)),
-    }
-    protocol = {
-        **found.protocol,
-        "loss": "the training loss of the averaged weights on at most 1,000 held-out samples, one time and noise each",
-        "gmacs": "one forward pass of one sample",
-    }
-    return Finding(numbers, protocol, found.images)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..averaging import std_name
-from ..codecs import Codec
+from ..codecs import Codec, examples
 from ..config import DitkitError, NotFinite, differences, to_json
 from ..data import Batch, Dataset, InMemory, Order
 from ..diffusion import Denoiser, Objective
@@ -29,7 +29,7 @@ from ..interop import transfer
 from ..models import ControlConfig, Model
 from ..pipeline import Pipeline, trained
 from ..recipe import Recipe, device_of
-from ..reconstructions import Reconstructions, examples
+from ..reconstructions import Reconstructions
 from ..rng import Rng
 from ..runs import Checkpoint, Run
 from ..sheet import rendered, suffix
