@@ -25,7 +25,7 @@ from ditkit.diffusion import Autoencoding, Meaning, Reconstruction, Regression, 
 from ditkit.diffusion.reconstruction import perceptual_distance, shifted
 from ditkit.encoders import EfficientNet
 from ditkit.evaluation import evaluate
-from ditkit.evaluation.reconstruction import psnr, squared_errors
+from ditkit.evaluation.reconstruction import measure_reconstructions, psnr, squared_errors
 from ditkit.layers import ResBlock, principal_components, project, unproject
 from ditkit.models import Autoencoder, AutoencoderConfig, JiTConfig, Model
 from ditkit.pipeline import Pipeline, load, open_run
@@ -385,6 +385,15 @@ def test_decibels_by_hand() -> None:
     assert squared_errors(b, a).tolist() == [1.25]  # bytes do not wrap around
     assert float(psnr(squared_errors(a, b), 4)) == pytest.approx(10 * math.log10(65025 / 1.25))
     assert float(psnr(squared_errors(a, a), 4)) == pytest.approx(10 * math.log10(65025 * 4))
+
+
+def test_few_held_out_images_are_said_in_one_line(done: Path, own: Recipe) -> None:
+    data = replace(own.data, holdout=0.1).open()
+    assert 0 < len(data.heldout) < 10
+    trained = open_run(done)
+    assert isinstance(trained, Reconstructions)
+    with pytest.raises(DitkitError, match=f"at least 10 held-out images, and there are {len(data.heldout)}"):
+        measure_reconstructions(trained, data, 100)
 
 
 def test_what_evaluate_says_is_what_a_person_would_find(done: Path, own: Recipe) -> None:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from ..config import DitkitError
 from ..data import Dataset
 from ..diffusion.posterior import gaussian_kl
 from ..reconstructions import Reconstructions
@@ -37,8 +38,16 @@ def psnr(error: Tensor, numbers: int) -> Tensor:
 def measure_reconstructions(
     trained: Reconstructions, data: Dataset, count: int
 ) -> tuple[dict[str, float | None], dict[str, Any], UInt8[Tensor, "n c h w"]]:
-    """Numbers, protocol, and images to show, of at most `count` held-out images, spread evenly."""
+    """Numbers, protocol, and images to show, of at most `count` held-out images, spread evenly.
+
+    Raises DitkitError for fewer than 10.
+    """
     count = min(count, len(data.heldout))
+    if count < 10:
+        raise DitkitError(
+            f"an autoencoder is measured on at least 10 held-out images, and there are {count}: hold out more of the "
+            "data (--data.holdout), before it is trained"
+        )
     mean, std = (v[:, None, None] for v in trained.statistics(data.train))
     chosen = torch.arange(count) * len(data.heldout) // count
     errors: dict[str, list[Tensor]] = {"psnr": [], "psnr_pca": []}
