@@ -1,6 +1,7 @@
 """Metrics and their protocols, and the report of a run."""
 
 from .classifier import Classifier, train_classifier
+from .decisions import Decisions, decide
 from .distances import Estimate, frechet_distance, kernel_distance
 from .features import Features
 from .heldout import heldout_loss
@@ -12,6 +13,7 @@ from .texts import Nearest, nearest_texts
 __all__ = [
     "MEANING",
     "Classifier",
+    "Decisions",
     "Estimate",
     "FMem",
     "Features",
@@ -20,6 +22,7 @@ __all__ = [
     "bounds",
     "codec_kid",
     "curve",
+    "decide",
     "evaluate",
     "f_mem",
     "frechet_distance",

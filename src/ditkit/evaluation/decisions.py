@@ -1,0 +1,131 @@
+"""What the rows of a monitor say: since when a network generalises, when the losses part, and when it copies.
+
+Bonnaire et al. 2025 (arXiv 2505.17638): good samples come at a time tau_gen that does not depend on the number n of
+training samples, copies at a time tau_mem that grows with n. Between them lies the window in which to stop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["CONSECUTIVE", "MARGIN", "WITHIN", "Decisions", "decide"]
+
+WITHIN = 0.1
+"""Quality this near to its best is as good as the best: a share of it."""
+MARGIN = 0.01
+"""Copies begin where the lower end of the interval of f_mem is above its floor by this."""
+CONSECUTIVE = 3
+"""The losses part where they do in so many evaluations, one after the other."""
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """Steps at which something was first seen; None for what was not (yet)."""
+
+    generalises: int | None
+    """The first quality within 10% of the best, or within its standard error."""
+    measure: str
+    """By what quality is measured: "kid", or "heldout_loss" where there are no features."""
+    parted: int | None
+    """The first of three evaluations in which the held-out loss is above the training loss at a level of noise, each
+    time with the whole interval, and by more at the third than at the first."""
+    level: tuple[float, float] | None
+    """That level: its log SNR, from and to."""
+    lowest: int | None
+    """The lowest held-out loss: a cautious place to stop."""
+    copies: int | None
+    """The first f_mem whose interval lies above the floor by 1%."""
+    best: int | None
+    """The best quality between the first and the last good step: after `generalises` and before `copies`."""
+    last: int
+    """The last evaluation."""
+    ceiling: float | None
+    """No copy among so many samples: f_mem is below 3 over their number (95%). None where copies were seen."""
+
+    def predicted(self, times: float) -> float | None:
+        """The step at which copies are to be expected with `times` as many samples: tau_mem grows as n."""
+        return None if self.copies is None else self.copies * times
+
+    def lines(self) -> list[str]:
+        """The decisions in words, each with its rule."""
+        quality = "KID to held-out data" if self.measure == "kid" else "held-out loss"
+        said = []
+        if self.generalises is not None:
+            said.append(f"generalising since step {self.generalises:,} ({quality} within {WITHIN:.0%} of its best)")
+        if self.parted is not None and self.level is not None:
+            low, high = self.level
+            said.append(
+                f"training and held-out loss part since step {self.parted:,}, at log SNR {low:.1f} to {high:.1f} "
+                f"({CONSECUTIVE} evaluations in a row, 95%)"
+            )
+        if self.lowest is not None and self.lowest < self.last:
+            said.append(f"the held-out loss was lowest at step {self.lowest:,}: a cautious place to stop")
+        if self.copies is not None:
+            said.append(
+                f"copies of training samples from step {self.copies:,} (f_mem above its floor by {MARGIN:.0%}, 95%); "
+                f"with twice the data to be expected at about step {2 * self.copies:,} (tau_mem ~ n)"
+            )
+        elif self.ceiling is not None:
+            said.append(f"no copies up to step {self.last:,} (f_mem below {self.ceiling:.2%}, 95%)")
+        if self.best is not None:
+            said.append(f"best in the window: step {self.best:,} ({quality})")
+        return said
+
+
+def decide(rows: Sequence[Row]) -> Decisions:
+    """Read the rows of a monitor, in the order of their steps. Raises ValueError where there are none.
+
+    A row has "step", and what was measured of "heldout_loss", "levels" (each "log_snr", "gap", "low", "high"), "kid"
+    with "kid_error", and "f_mem" with "f_mem_low", "floor" and "samples".
+    """
+    if not rows:
+        raise ValueError("there are no rows to decide by")
+    sampled = [row for row in rows if row.get("f_mem") is not None]
+    copies = next((r["step"] for r in sampled if r["f_mem_low"] > r["floor"] + MARGIN), None)
+    measure = "kid" if any(row.get("kid") is not None for row in rows) else "heldout_loss"
+    judged = [row for row in rows if row.get(measure) is not None]
+    losses = [row for row in rows if row.get("heldout_loss") is not None]
+    parted, level = _parted(rows)
+    generalises = _generalises(judged, measure)
+    window = [
+        row
+        for row in judged
+        if generalises is not None and row["step"] >= generalises and (copies is None or row["step"] < copies)
+    ]
+    seen = sampled[-1]["samples"] if sampled and sampled[-1]["f_mem"] == 0 else None
+    return Decisions(
+        generalises=generalises,
+        measure=measure,
+        parted=parted,
+        level=level,
+        lowest=min(losses, key=lambda row: row["heldout_loss"])["step"] if losses else None,
+        copies=copies,
+        best=min(window, key=lambda row: row[measure])["step"] if window else None,
+        last=rows[-1]["step"],
+        ceiling=None if seen is None or copies is not None else 3 / seen,
+    )
+
+
+def _generalises(rows: Sequence[Row], measure: str) -> int | None:
+    """The first row whose quality is as good as the best."""
+    if not rows:
+        return None
+    best = min(rows, key=lambda row: row[measure])
+    slack = max(WITHIN * abs(best[measure]), best.get(f"{measure}_error") or 0.0)
+    return next(row["step"] for row in rows if row[measure] <= best[measure] + slack)
+
+
+def _parted(rows: Sequence[Row]) -> tuple[int | None, tuple[float, float] | None]:
+    """Where the losses part first, and at which level of noise."""
+    having = [row for row in rows if row.get("levels")]
+    for first in range(len(having) - CONSECUTIVE + 1):
+        some = having[first : first + CONSECUTIVE]
+        for k, level in enumerate(some[0]["levels"]):
+            levels = [row["levels"][k] for row in some]
+            if all(each["low"] > 0 for each in levels) and levels[-1]["gap"] > levels[0]["gap"]:
+                return some[0]["step"], (level["log_snr"][0], level["log_snr"][1])
+    return None, None
