@@ -27,10 +27,10 @@ from PIL import Image
 
 import ditkit.data.dataset
 import ditkit.data.digits
-import ditkit.data.folder
+import ditkit.data.images
 from ditkit.config import DitkitError, from_json, to_json
 from ditkit.data import Digits, Folder, Order, Split
-from ditkit.data.folder import Unreadable, centre_crop, read_image
+from ditkit.data.images import Unreadable, centre_crop, read_image
 from ditkit.rng import Replay, Rng
 
 
@@ -63,13 +63,13 @@ def names(root: Path, config: Folder, split: Split) -> set[str]:
 @pytest.fixture(params=["eager", "lazy"])
 def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "lazy":
-        monkeypatch.setattr(ditkit.data.folder, "MEMORY_GB", 0)
+        monkeypatch.setattr(ditkit.data.images, "MEMORY_GB", 0)
     return request.param
 
 
 @pytest.fixture
 def lazy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ditkit.data.folder, "MEMORY_GB", 0)
+    monkeypatch.setattr(ditkit.data.images, "MEMORY_GB", 0)
 
 
 # ------------------------------------------------------------------------------------------------------------- order
@@ -571,7 +571,7 @@ def test_lazy_equals_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     root = write(tmp_path, *(f"{c}/{i}.{e}" for c in "abc" for i in range(8) for e in ("png", "jpg")))
     config = Folder(str(root), 16, holdout=0.25)
     eager = config.open()
-    monkeypatch.setattr(ditkit.data.folder, "MEMORY_GB", 0)
+    monkeypatch.setattr(ditkit.data.images, "MEMORY_GB", 0)
     lazy = config.open()
     assert type(eager.train) is not type(lazy.train)
     for a, b in ((eager.train, lazy.train), (eager.heldout, lazy.heldout)):

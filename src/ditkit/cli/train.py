@@ -35,8 +35,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "recipe",
         metavar="RECIPE",
-        help="digits, demo, folder:PATH, control:RUN (a ControlNet of that run), autoencoder, a published one such as "
-        "dit_xl_2:PATH, or a run to go on with",
+        help="digits, demo, folder:PATH, hf:NAME, control:RUN (a ControlNet of that run), autoencoder, a published one "
+        "such as dit_xl_2:PATH, or a run to go on with",
     )
     parser.add_argument(
         "--out", type=Path, help="the run folder; one that exists is gone on with (default: runs/RECIPE)"
@@ -69,7 +69,9 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
         recipe = find_recipe(args.recipe)
         kind, _, path = args.recipe.partition(":")
         name = Path(path).expanduser().resolve().name
-        out = out or Path("runs") / (name if kind == "folder" else f"{name}_control" if kind == "control" else kind)
+        out = out or Path("runs") / (
+            name if kind in ("folder", "hf") else f"{name}_control" if kind == "control" else kind
+        )
         if kind == "control" and args.init is None:
             args.init = path
     recipe = override(recipe, ["--help"] if args.fields else rest, f"ditkit train {args.recipe}")

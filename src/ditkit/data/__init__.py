@@ -7,7 +7,9 @@ from .dataset import Batch, Dataset, InMemory, Order, Split
 from .digits import Digits
 from .elsewhere import Elsewhere
 from .emoji import Emoji
-from .folder import Folder, Unreadable, read_image
+from .folder import Folder
+from .hugging_face import HuggingFace
+from .images import Unreadable, read_image
 from .moving_digits import MovingDigits
 from .prepared import Prepared
 from .spiral import Spiral
@@ -22,6 +24,7 @@ __all__ = [
     "Elsewhere",
     "Emoji",
     "Folder",
+    "HuggingFace",
     "InMemory",
     "MovingDigits",
     "Order",

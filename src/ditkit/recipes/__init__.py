@@ -13,7 +13,7 @@ from .control import control
 from .digits import demo, digits, digits_dit, digits_resnet, digits_unet
 from .emoji import emoji_latents, emoji_pixels
 from .families import FAMILIES
-from .folder import folder
+from .folder import folder, hugging_face
 
 __all__ = [
     "FAMILIES",
@@ -31,6 +31,7 @@ __all__ = [
     "emoji_pixels",
     "find_recipe",
     "folder",
+    "hugging_face",
 ]
 
 _NAMED: dict[str, Callable[[], Recipe]] = {
@@ -53,11 +54,16 @@ PUBLISHED: dict[str, Callable[[str], Recipe]] = {
 """The recipes of papers, which are given the folder of ImageNet's training images."""
 
 
-_OF_A_PATH: dict[str, Callable[[str], Recipe]] = {"folder": folder, "autoencoder": autoencoder, "control": control}
+_OF_A_PATH: dict[str, Callable[[str], Recipe]] = {
+    "folder": folder,
+    "hf": hugging_face,
+    "autoencoder": autoencoder,
+    "control": control,
+}
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of a name, of folder:PATH, of control:RUN, or of a published one with its images: dit_xl_2:PATH.
+    """The recipe of a name, of folder:PATH, hf:NAME, control:RUN, or of a published one with its images: dit_xl_2:PATH.
 
     Raises DitkitError, with the near names, for an unknown one.
     """
@@ -71,4 +77,4 @@ def find_recipe(name: str) -> Recipe:
     if name in _NAMED:
         return _NAMED[name]()
     known = PUBLISHED if colon else [*_NAMED, *PUBLISHED]
-    raise DitkitError(f"unknown recipe {kind!r}: {near(kind, [*known, 'folder:PATH', 'control:RUN'])}")
+    raise DitkitError(f"unknown recipe {kind!r}: {near(kind, [*known, 'folder:PATH', 'hf:NAME', 'control:RUN'])}")

@@ -1,13 +1,15 @@
-"""A person's own images."""
+"""A person's own images: of a folder, or of a data set of the package datasets."""
 
 from __future__ import annotations
 
-from ..data import Folder
+from dataclasses import replace
+
+from ..data import Folder, HuggingFace
 from ..diffusion import Heun, LogitNormal, Meaning, Regression
 from ..models import JiTConfig
 from ..recipe import Recipe, Sample, Train
 
-__all__ = ["folder"]
+__all__ = ["folder", "hugging_face"]
 
 
 def folder(path: str) -> Recipe:
@@ -42,3 +44,8 @@ def folder(path: str) -> Recipe:
         ),
         sample=Sample(steps=30, solver=Heun(), batch=32),
     )
+
+
+def hugging_face(path: str) -> Recipe:
+    """The same for a data set of the package datasets: `ditkit train hf:NAME --data.download`, or hf:FOLDER."""
+    return replace(folder("."), data=HuggingFace(path=path))
