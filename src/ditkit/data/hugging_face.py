@@ -317,11 +317,12 @@ def _text(value: str | Sequence[str] | None) -> str:
 
 def _encoded(value: Mapping[str, Any] | bytes | None) -> str | bytes:
     """Bytes or path of an image as datasets stores it. Raises Unreadable where there is none."""
+    source = value
     if isinstance(value, Mapping):
-        value = value["bytes"] if value["bytes"] is not None else value.get("path")
-    if value is None:
+        source = value["bytes"] if value["bytes"] is not None else value.get("path")
+    if not isinstance(source, str | bytes):
         raise Unreadable("no image in this row")
-    return value
+    return source
 
 
 def _fingerprint(rows: Any, image: str, labels: Sequence[int], classes: Sequence[str], caption: str | None) -> str:
@@ -329,6 +330,8 @@ def _fingerprint(rows: Any, image: str, labels: Sequence[int], classes: Sequence
     not proof of equal contents."""
     import pyarrow
     import pyarrow.compute
+
+    compute: Any = pyarrow.compute  # its functions are made when it is imported, which no type checker sees
 
     digest = hashlib.sha256(repr((tuple(classes), caption is not None)).encode())
     columns = [image] if caption is None else [image, caption]
@@ -341,7 +344,7 @@ def _fingerprint(rows: Any, image: str, labels: Sequence[int], classes: Sequence
             if "path" in names:
                 paths = column.field("path").to_pylist()
             column = column.field("bytes")
-        sizes = pyarrow.compute.binary_length(column).to_pylist()  # the bytes themselves are not read
+        sizes = compute.binary_length(column).to_pylist()  # the bytes themselves are not read
         written = [None] * len(column) if caption is None else batch.column(caption).to_pylist()
         for size, path, text in zip(sizes, paths, written, strict=True):
             if size is None:
