@@ -379,6 +379,7 @@ def test_links_in_a_folder_are_not_followed_to_the_network(tmp_path: Path) -> No
     with pytest.raises(DitkitError, match="cannot load the data set") as error:
         HuggingFace(str(root)).open()
     assert "\n" not in str(error.value)
+    assert "network was touched" not in str(error.value)
 
 
 @pytest.mark.parametrize(
