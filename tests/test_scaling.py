@@ -18,7 +18,7 @@ from ditkit.models import DiTConfig
 from ditkit.plan import gmacs
 from ditkit.rng import Rng
 from ditkit.studies import Finding, Results, compare, find_study, write_report
-from ditkit.studies.scaling import power_law
+from ditkit.studies.laws import power_law, power_laws
 
 from .test_studies import shrunk
 
@@ -43,6 +43,33 @@ def test_a_power_law_is_found_again_with_its_error() -> None:
     for wrong in ({1.0: [1.0], 2.0: [1.0]}, {1.0: [1.0], 2.0: [0.0], 3.0: [1.0]}):
         with pytest.raises(ValueError, match="3 points"):
             power_law(wrong)
+
+
+def test_two_exponents_are_found_at_once() -> None:
+    points: dict[tuple[float, ...], list[float]] = {
+        (n, w): [5.0 * n**1.2 * w**-0.7]
+        for n, w in ((256.0, 128.0), (512.0, 128.0), (1024.0, 128.0), (512.0, 64.0), (512.0, 192.0))
+    }
+    n, w = power_laws(points)
+    assert (n.factor, n.exponent, w.exponent) == (pytest.approx(5.0), pytest.approx(1.2), pytest.approx(-0.7))
+    assert n.explained == w.explained == pytest.approx(1.0)
+    noisy = {x: [ys[0] * 1.1, ys[0] / 1.1] for x, ys in points.items()}
+    a, b = power_laws(noisy, fixed=True)  # every resampling has all five points
+    assert a.low < 1.2 < a.high
+    assert b.low < -0.7 < b.high
+    assert 0 < a.error < 0.1
+    # a point is the log of a mean of two draws: the plane's slopes are linear in these, and so is their variance
+    heights = [0.5 * (1.1 + 1 / 1.1), 1.1, 1 / 1.1]
+    logs = [math.log(heights[i]) for i in (0, 0, 1, 2)]
+    variance = sum((v - sum(logs) / 4) ** 2 for v in logs) / 4
+    x = torch.tensor([[math.log(v) for v in xs] for xs in points], dtype=torch.float64)
+    x = x - x.mean(0)
+    for found, wished in zip((a, b), torch.linalg.inv(x.T @ x).diagonal().mul(variance).sqrt().tolist(), strict=True):
+        assert found.error == pytest.approx(wished, rel=0.1)
+    with pytest.raises(ValueError, match="apart"):
+        power_laws({(x, x**2): [x] for x in (1.5, 2.0, 3.0, 4.0)})
+    with pytest.raises(ValueError, match="4 points"):
+        power_laws(dict(list(points.items())[:3]))
 
 
 def test_the_papers_twelve_are_in_full_and_a_like_set_in_cpu() -> None:

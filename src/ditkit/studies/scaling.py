@@ -6,12 +6,9 @@ patches are worth the same. All networks see as many samples.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
-
-import torch
 
 from ..data import Digits, Folder
 from ..diffusion import AB2, LogitNormal, Meaning, Regression
@@ -20,17 +17,16 @@ from ..recipe import Evaluate, Recipe, Sample, Train
 from ..recipes.dit import STEPS, dit_xl_2
 from ..recipes.imagenet import latents
 from ..report import Line, Picture, Section, Table, Value, lines, number
-from ..rng import Rng
+from .laws import power_law
 from .measured import measure_network
 from .study import Cell, Claim, Results, Study
 
-__all__ = ["PowerLaw", "power_law", "scaling"]
+__all__ = ["scaling"]
 
 SIZES = ("s", "b", "l", "xl")
 SMALL = {"s": (24, 2, 1), "b": (40, 3, 2), "l": (64, 4, 2), "xl": (96, 4, 3)}
 """Width, depth and heads of the cpu preset."""
 PATCHES = {"cpu": (7, 4, 2), "full": (8, 4, 2)}
-RESAMPLES = 1000
 
 
 def scaling(preset: str = "cpu") -> Study:
@@ -93,56 +89,6 @@ def _full() -> tuple[Cell, ...]:
 
 def _name(size: str, patch: int) -> str:
     return f"{size}-{patch}"
-
-
-@dataclass(frozen=True)
-class PowerLaw:
-    """y = factor x^exponent, with the bootstrap's standard error of the exponent and its 95% interval."""
-
-    factor: float
-    exponent: float
-    error: float
-    low: float
-    high: float
-    explained: float
-    """The share of the variance of log y that the law explains."""
-
-
-def power_law(points: Mapping[float, Sequence[float]], seed: int = 0) -> PowerLaw:
-    """Least squares of log y on log x; at each x the y of several seeds, of which the mean counts.
-
-    The bootstrap draws points with replacement, and for each point its seeds with replacement. Raises ValueError for
-    fewer than 3 points and for numbers that are not positive.
-    """
-    if len(points) < 3 or any(not y > 0 for ys in points.values() for y in ys) or min(points) <= 0:
-        raise ValueError("a power law is fitted to 3 points or more, all positive")
-    xs = [math.log(x) for x in points]
-    values = [list(ys) for ys in points.values()]
-    slope, intercept, explained = _line(xs, [math.log(sum(ys) / len(ys)) for ys in values])
-    generator = Rng(seed).generator("bootstrap")
-    slopes = []
-    for _ in range(RESAMPLES):
-        chosen = torch.randint(len(xs), (len(xs),), generator=generator).tolist()
-        if len({xs[i] for i in chosen}) < 2:
-            continue
-        heights = []
-        for i in chosen:
-            picked = torch.randint(len(values[i]), (len(values[i]),), generator=generator).tolist()
-            heights.append(math.log(sum(values[i][j] for j in picked) / len(picked)))
-        slopes.append(_line([xs[i] for i in chosen], heights)[0])
-    spread = torch.tensor(slopes, dtype=torch.float64)
-    low, high = spread.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return PowerLaw(math.exp(intercept), slope, float(spread.std()), low, high, explained)
-
-
-def _line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
-    """Slope, intercept and explained share of a straight line by least squares."""
-    n, mx, my = len(x), sum(x) / len(x), sum(y) / len(y)
-    xx = sum((a - mx) ** 2 for a in x)
-    xy = sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True))
-    yy = sum((b - my) ** 2 for b in y)
-    slope = xy / xx
-    return slope, my - slope * mx, xy * xy / (xx * yy) if yy and n > 2 else 1.0
 
 
 def _points(results: Results, name: str) -> dict[float, list[float]]:

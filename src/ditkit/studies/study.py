@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ class Finding:
     samples: Shaped[Tensor, "n *sample"] | None = None
     diverged: str = ""
     """Why there is nothing to measure: the loss, its gradient or the samples were not finite."""
+    series: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """What was measured more than once, such as at many steps of the training: columns of one length."""
 
 
 @dataclass(frozen=True)
