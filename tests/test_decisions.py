@@ -23,8 +23,8 @@ def rows(**changes: tuple[Any, ...]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {name: values[k] for name, values in columns.items()}
         gap = row.pop("gap")
         levels = [
-            {"log_snr": [2.0, 9.0], "gap": gap, "low": gap - 0.015, "high": gap + 0.015},
-            {"log_snr": [-9.0, 2.0], "gap": 0.0, "low": -0.01, "high": 0.01},
+            {"t": [0.0, 0.3], "gap": gap, "low": gap - 0.015, "high": gap + 0.015},
+            {"t": [0.3, 1.0], "gap": 0.0, "low": -0.01, "high": 0.01},
         ]
         made.append({"step": step, "levels": levels, "floor": 0.0, "samples": 100, "kid_error": 0.01} | row)
     return made
@@ -33,7 +33,7 @@ def rows(**changes: tuple[Any, ...]) -> list[dict[str, Any]]:
 def test_the_window_and_what_ends_it() -> None:
     found = decide(rows())
     assert (found.generalises, found.measure) == (400, "kid")  # 1.05 is within 10% of 1.0
-    assert (found.parted, found.level) == (400, (2.0, 9.0))  # at 200 the interval holds 0
+    assert (found.parted, found.level) == (400, (0.0, 0.3))  # at 200 the interval holds 0
     assert found.lowest == 400
     assert found.copies == 1600  # the lower end at 800, 0.009, is not above the floor by 1%
     assert found.best == 800

@@ -102,6 +102,22 @@ class Pipeline:
         **settings: Any,
     ) -> Iterator[Shaped[Tensor, "b *sample"]]:
         """As `sample`, one batch at a time."""
+        drawn = self.latents(label, count, known=known, control=control, seed=seed, progress=progress, **settings)
+        for x0 in drawn:
+            yield self.recipe.codec.decode(x0).cpu()
+
+    def latents(
+        self,
+        label: str | int | Sequence[str | int] | Tensor | None = None,
+        count: int = 16,
+        *,
+        known: Known | None = None,
+        control: UInt8[Tensor, "*n c h w"] | None = None,
+        seed: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+        **settings: Any,
+    ) -> Iterator[Shaped[Tensor, "b *shape"]]:
+        """As `stream`, not decoded: what was diffused, where the model is."""
         chosen, times = self.check(**settings)
         labels = self.labels(label, count)
         given = None if known is None else checked_known(self.recipe, self.shape, known, count)
@@ -182,7 +198,8 @@ class Pipeline:
         """
         chosen, times = self.check()
         few = times if len(times) <= 4 else (*times[:2], *times[-2:])
-        self._batch(chosen, self.labels(None, 2), Conditioning(), torch.arange(2), few, 0, lambda k, x: None)
+        drawn = self._batch(chosen, self.labels(None, 2), Conditioning(), torch.arange(2), few, 0, lambda k, x: None)
+        self.recipe.codec.decode(drawn)
 
     def sheet(self, data: Dataset) -> tuple[Shaped[Tensor, "n *sample"], int]:
         """What a training shows: eight samples of each class, or 80 or 64, always from the same noise; how many are in
@@ -260,7 +277,7 @@ class Pipeline:
         times: Sequence[float],
         seed: int,
         tick: Callable[[int, Tensor], None],
-    ) -> Shaped[Tensor, "b *sample"]:
+    ) -> Shaped[Tensor, "b *shape"]:
         conditioner, known = self.recipe.conditioner, parts.known
         cond = conditioner.null(len(ids)) if labels is None else conditioner(Given(labels))
         cond = _joined(cond, parts).to(self.device)
@@ -274,7 +291,7 @@ class Pipeline:
             out = torch.where(known.mask, known.values.to(out), out)
         if not bool(torch.isfinite(out).all()):
             raise NotFinite("sampling gave numbers that are not finite: use more steps or less guidance")
-        return self.recipe.codec.decode(out).cpu()
+        return out
 
 
 def trained(recipe: Recipe, model: Model, origin: str = "memory") -> Pipeline | Reconstructions:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -22,7 +23,41 @@ from .diffusion import CFG, Heun, LogitNormal, Meaning, Regression
 from .diffusion.grid import Uniform as UniformGrid
 from .rng import Draw
 
-__all__ = ["Evaluate", "Gate", "Recipe", "Sample", "Train", "device_of"]
+__all__ = ["Evaluate", "Gate", "Monitor", "Recipe", "Sample", "Train", "device_of"]
+
+
+@register("settings", "monitor")
+@dataclass(frozen=True)
+class Monitor:
+    """How a training is watched for copies of its data: losses and samples at steps 1, 2, 4, ... and between them."""
+
+    budget: float = 0.05
+    """Share of the time of the training that this may take; 0 = no monitor."""
+    per_octave: int = 4
+    """Evaluations while the number of steps doubles."""
+    probes: int = 256
+    """Training and held-out samples whose losses are compared."""
+    levels: int = 4
+    """Parts of the levels of noise that training draws, in which they are compared."""
+    samples: int = 512
+    """The most samples that are drawn at a time; fewer where the budget has no room for them."""
+    steps: int = 20
+    """Solver steps of these samples, if the recipe has not fewer."""
+
+    def __post_init__(self) -> None:
+        if not self.budget >= 0:
+            raise DitkitError(f"train.monitor.budget is a share of the training time, not {self.budget}")
+        for name in ("per_octave", "probes", "levels", "samples", "steps"):
+            if getattr(self, name) < 1:
+                raise DitkitError(f"train.monitor.{name} must be at least 1, not {getattr(self, name)}")
+
+    def due(self, step: int) -> bool:
+        """Whether there is an evaluation after this step, counted from 1."""
+        return (
+            int(self.per_octave * math.log2(step) + 1e-9) > int(self.per_octave * math.log2(step - 1) + 1e-9)
+            if step > 1
+            else step == 1
+        )
 
 
 @register("settings", "train")
@@ -64,6 +99,8 @@ class Train:
     """Number of newest checkpoints to keep."""
     tensorboard: bool = False
     """Write the log for tensorboard, too."""
+    monitor: Any = Monitor()
+    """Whether the network copies its data: what is looked at, and how much time this may take."""
     device: str = "auto"
     """auto (the first GPU, or else the CPU), cpu, cuda, cuda:1."""
 
@@ -84,6 +121,8 @@ class Train:
             raise DitkitError(f"train.emas are different decays in [0, 1), at least one, not {self.emas}")
         for std in self.ema_stds:
             exponent(std)
+        if not isinstance(self.monitor, Monitor):
+            raise DitkitError(f"train.monitor cannot be a {registered_as(self.monitor)[0]}")
         if _twice(self.ema_stds):
             raise DitkitError(f"train.ema_stds are different lengths, not {self.ema_stds}")
         if self.snapshot_every and not self.ema_stds:

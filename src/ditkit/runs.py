@@ -7,6 +7,8 @@ checkpoints/step-00001000/      model, averages, optimizer .safetensors, codec .
                                 state.json with their sizes and hashes
 snapshots/step-00001000/        power-function averages, from which those of other lengths are made; never pruned
 samples/step-00001000.png       sample sheets
+monitor.jsonl, monitor.png      what the monitor saw: a row for each evaluation; the samples nearest to training samples
+best/step-00001000/             averaged weights of the monitor's best evaluation
 report.html, report.json, ...   what `ditkit evaluate` writes
 """
 
@@ -175,6 +177,10 @@ class Run:
     def log(self) -> Path:
         return self.folder / "log.jsonl"
 
+    @property
+    def monitor(self) -> Path:
+        return self.folder / "monitor.jsonl"
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run for this process; a kill lets go of it. Raises DitkitError if another process trains it."""
@@ -206,7 +212,7 @@ class Run:
     def begin(self, recipe: Recipe) -> None:
         """Make the folder and write the recipe; leftovers of a crash are removed."""
         atomic_write(self.folder / "recipe.json", recipe.to_json())
-        for leftover in (p for where in (".", "checkpoints", "snapshots") for p in self._leftovers(where)):
+        for leftover in (p for where in (".", "checkpoints", "snapshots", "best") for p in self._leftovers(where)):
             if leftover.is_dir():
                 shutil.rmtree(leftover)
             else:
@@ -288,20 +294,29 @@ class Run:
 
     def rows(self) -> list[dict[str, Any]]:
         """The log, without a last line that a kill cut off."""
-        rows = []
-        if self.log.exists():
-            for line in self.log.read_text().splitlines():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError:
-                    break
-        return rows
+        return _lines(self.log)
+
+    def watched(self) -> list[dict[str, Any]]:
+        """What the monitor saw, in the same way."""
+        return _lines(self.monitor)
 
     def cut_log(self, step: int, every: int) -> None:
         """Drop the rows after a step, the short row that ended a run of fewer steps, and a line that a kill cut off."""
         if self.log.exists():
             kept = [json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step and row["step"] % every == 0]
             atomic_write(self.log, "".join(kept))
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    """The rows of a file that has one in each line, up to one that is cut off."""
+    rows = []
+    if file.exists():
+        for line in file.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
 
 
 def is_run(folder: Path) -> bool:

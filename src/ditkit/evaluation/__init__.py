@@ -16,6 +16,7 @@ from .measure import (
     sampling_protocol,
 )
 from .memorization import FMem, f_mem, memorized, within_class_distance
+from .monitor import Observation, Observer
 from .report import bounds, curve, write_report
 from .texts import Nearest, nearest_texts
 
@@ -28,6 +29,8 @@ __all__ = [
     "Features",
     "Measurement",
     "Nearest",
+    "Observation",
+    "Observer",
     "bounds",
     "codec_kid",
     "curve",

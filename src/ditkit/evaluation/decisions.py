@@ -34,7 +34,7 @@ class Decisions:
     """The first of three evaluations in which the held-out loss is above the training loss at a level of noise, each
     time with the whole interval, and by more at the third than at the first."""
     level: tuple[float, float] | None
-    """That level: its log SNR, from and to."""
+    """That level: its times t, from and to; 1 is noise."""
     lowest: int | None
     """The lowest held-out loss: a cautious place to stop."""
     copies: int | None
@@ -59,7 +59,7 @@ class Decisions:
         if self.parted is not None and self.level is not None:
             low, high = self.level
             said.append(
-                f"training and held-out loss part since step {self.parted:,}, at log SNR {low:.1f} to {high:.1f} "
+                f"training and held-out loss part since step {self.parted:,}, at t from {low:.2f} to {high:.2f} "
                 f"({CONSECUTIVE} evaluations in a row, 95%)"
             )
         if self.lowest is not None and self.lowest < self.last:
@@ -79,7 +79,7 @@ class Decisions:
 def decide(rows: Sequence[Row]) -> Decisions:
     """Read the rows of a monitor, in the order of their steps. Raises ValueError where there are none.
 
-    A row has "step", and what was measured of "heldout_loss", "levels" (each "log_snr", "gap", "low", "high"), "kid"
+    A row has "step", and what was measured of "heldout_loss", "levels" (each "t", "gap", "low", "high"), "kid"
     with "kid_error", and "f_mem" with "f_mem_low", "floor" and "samples".
     """
     if not rows:
@@ -127,5 +127,5 @@ def _parted(rows: Sequence[Row]) -> tuple[int | None, tuple[float, float] | None
         for k, level in enumerate(some[0]["levels"]):
             levels = [row["levels"][k] for row in some]
             if all(each["low"] > 0 for each in levels) and levels[-1]["gap"] > levels[0]["gap"]:
-                return some[0]["step"], (level["log_snr"][0], level["log_snr"][1])
+                return some[0]["step"], (level["t"][0], level["t"][1])
     return None, None

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..config import DitkitError
 from ..rng import Rng
 
-__all__ = ["FMem", "Neighbours", "f_mem", "memorized", "within_class_distance"]
+__all__ = ["FMem", "Neighbours", "f_mem", "memorized", "share_of", "within_class_distance"]
 
 
 def _rows(images: Shaped[Tensor, "n d"]) -> int:
@@ -105,7 +105,11 @@ def f_mem(
     The interval is the bootstrap's 2.5% to 97.5%. With no copy among n samples it is 0 to 0: then what can be said is
     a fraction below 3 / n. Raises DitkitError as `memorized`.
     """
-    copies = memorized(samples, train, ratio).memorized
+    return share_of(memorized(samples, train, ratio).memorized, resamples, seed)
+
+
+def share_of(copies: Bool[Tensor, "n"], resamples: int = 1000, seed: int = 0) -> FMem:
+    """The fraction of yes among so many, with the bootstrap's error and interval as in `f_mem`."""
     n, value = len(copies), copies.double().mean().item()
     # n draws with replacement from n yes-or-no outcomes hold a binomial number of yes: no need to draw the indices
     generator = Rng(seed).generator("bootstrap")

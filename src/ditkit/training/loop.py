@@ -7,11 +7,9 @@ bit-identical to one that was not.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from ..codecs import Codec, examples
 from ..config import DitkitError, NotFinite, differences, to_json
 from ..data import Batch, Dataset, InMemory, Order
 from ..diffusion import Denoiser, Objective
+from ..evaluation import Observer
 from ..files import atomic_write
 from ..interop import transfer
 from ..models import ControlConfig, Model
@@ -36,6 +35,8 @@ from ..sheet import rendered, suffix
 from ..start import Start, begin_from
 from .ema import Averages
 from .log import Log
+from .signals import signals
+from .watch import Watch
 
 __all__ = ["Trainer", "train"]
 
@@ -255,11 +256,11 @@ class Trainer:
             groups[name] = self.averages.tensors(name)
         if isinstance(self.objective, nn.Module):
             groups["objective"] = self.objective.state_dict()
-        groups |= self._codec()
+        groups |= self.codec()
         state = {"log": self.log_state, "data": self.data.source, "torch": torch.__version__}
         return run.save(self.step, to_json(self.recipe), groups, state)
 
-    def _codec(self) -> dict[str, Mapping[str, Tensor]]:
+    def codec(self) -> dict[str, Mapping[str, Tensor]]:
         """The group of what the codec has learned, if it has."""
         learned = self.recipe.codec.state()
         return {"codec": learned} if learned else {}
@@ -269,7 +270,7 @@ class Trainer:
         groups: dict[str, Mapping[str, Tensor]] = {
             name: self.averages.tensors(name) for name in map(std_name, self.settings.ema_stds)
         }
-        groups |= self._codec()
+        groups |= self.codec()
         run.save(self.step, to_json(self.recipe), groups, {"log": {}}, where="snapshots")
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -302,7 +303,9 @@ def _steps(trainer: Trainer, run: Run, saved: Checkpoint | None, quiet: bool) ->
         quiet=quiet,
     )
     log.state = trainer.log_state
-    with log, _signals() as asked, ThreadPoolExecutor(1) as reader:
+    observer = Observer(trainer.recipe, trainer.data, settings.monitor, trainer.objective)
+    watch = Watch(run, settings.monitor, observer, trainer.step)
+    with log, signals() as asked, ThreadPoolExecutor(1) as reader:
         ahead: Future[Any] | None = None
         while trainer.step < settings.steps and not asked:
             parts = trainer.read(trainer.step) if ahead is None else ahead.result()
@@ -316,6 +319,8 @@ def _steps(trainer: Trainer, run: Run, saved: Checkpoint | None, quiet: bool) ->
                 kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
                 raise NotFinite(f"{error}; {kept}; try a lower --train.lr or --train.clip 1") from None
             log.step(trainer.step, settings.batch, {**terms, "grad_norm": norm}, lr=rate)
+            if watch.due(trainer.step):
+                _look(trainer, watch, log)
             trainer.log_state = log.state
             done = trainer.step == settings.steps
             # the sheet first: a kill in between then repeats both, and loses neither
@@ -335,6 +340,17 @@ def _steps(trainer: Trainer, run: Run, saved: Checkpoint | None, quiet: bool) ->
             run.prune(settings.keep)
             log.say(f"stopped after step {trainer.step}; go on with: ditkit train {run.folder}")
     return trainer.step == settings.steps
+
+
+def _look(trainer: Trainer, watch: Watch, log: Log) -> None:
+    """What the network does to its data at this step; the best weights so far are kept."""
+    with torch.autocast(trainer.device.type, torch.bfloat16, enabled=trainer.settings.precision == "bf16"):
+        for line in watch.look(trainer.pipeline(), trainer.step, log.seconds):
+            log.say(line)
+    name = trainer.recipe.sample.average(trainer.recipe.train)
+    weights = trainer.model.state_dict() if name == "model" else trainer.averages.tensors(name)
+    groups = {name: weights} | trainer.codec()
+    watch.keep(groups, trainer.step, to_json(trainer.recipe), {"log": log.state, "data": trainer.data.source})
 
 
 def _sheet(trainer: Trainer, run: Run) -> None:
@@ -373,24 +389,3 @@ def _same_run(run: Run, recipe: Recipe) -> None:
                 f"{run.folder} holds a run with another recipe: {change}; choose another --out, or go on with "
                 f"that run: ditkit train {run.folder}"
             )
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """While open, the first SIGTERM or Ctrl-C is noted in the list; a second Ctrl-C interrupts at once."""
-    asked: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        asked.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not the main thread: signals are somebody else's
-        yield asked
-        return
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

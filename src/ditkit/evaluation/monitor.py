@@ -1,0 +1,350 @@
+"""What a training does to its data, seen while it runs: losses on training and held-out samples, copies, quality.
+
+Each evaluation takes the time that it is given, and measures as much as fits: first the losses, then more of the
+training samples for the search of copies, then samples of the network. Averaged weights, fixed noise: an evaluation
+differs from the one before it by the training alone, and by how many samples there was time for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int, Shaped, UInt8
+from torch import Tensor
+
+from ..codecs import Pixels
+from ..config import DitkitError, NotFinite
+from ..data import Dataset, Split
+from ..diffusion import Objective
+from ..models import ControlConfig
+from ..pipeline import Pipeline
+from ..recipe import Monitor, Recipe
+from ..reconstructions import Reconstructions
+from ..rng import Rng
+from .distances import kernel_distance
+from .features import Features
+from .memorization import share_of
+from .neighbours import Index
+
+__all__ = ["Observation", "Observer"]
+
+_DRAWS = 2  # times and noises for each probe
+_LEAST = 32  # pairs of probes, and samples, below which nothing is said
+_FLOOR = 512  # held-out samples that are looked for among the training samples
+_REFERENCE = 1000  # held-out images that samples are compared with
+_AT_ONCE = 64
+_PATIENCE = 0.2  # seconds; with less not even prices are measured
+
+
+@dataclass
+class Observation:
+    """One evaluation: the row for the log, and the samples nearest to a training sample, each before that one."""
+
+    row: dict[str, Any]
+    pairs: UInt8[Tensor, "k c h w"] | None = None
+
+
+@dataclass
+class _Prices:
+    """Seconds for one unit of each kind of work, as last measured."""
+
+    clock: Callable[[], float]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def measure(self, kind: str, units: int) -> Iterator[None]:
+        begun = self.clock()
+        yield
+        self.seconds[kind] = (self.clock() - begun) / max(units, 1)
+
+    def room(self, kind: str, left: float) -> int:
+        """How many units fit; 0 for work of unknown price."""
+        price = self.seconds.get(kind)
+        return 0 if price is None or left <= 0 else int(min(left / max(price, 1e-9), 1e9))
+
+
+class Observer:
+    """Looks at one training; what it has read and measured stays for the next look."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: Dataset,
+        settings: Monitor,
+        objective: Objective | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        """recipe: fitted to the data. objective: with what it has learned; by default the recipe's. clock: seconds."""
+        self.recipe, self.data, self.settings = recipe, data, settings
+        self.objective: Objective = recipe.objective if objective is None else objective
+        self.device = torch.device("cpu")
+        self.clock, self.prices = clock, _Prices(clock)
+        count = min(settings.probes, len(data.train), len(data.heldout))
+        rng = Rng(recipe.seed)
+        self.probes = [rng.some("probe", len(split), count) for split in (data.train, data.heldout)]
+        self.labelled = rng.some("labels", len(data.train), settings.samples)
+        continuous = recipe.model.vocab == 0 and not isinstance(recipe.model, ControlConfig)
+        self.index = Index(self._vectors, len(data.train), mirror=self._mirror()) if continuous else None
+        self.floor: dict[str, tuple[float, int]] = {}
+        self.features: Features | None = None
+        self.of_training: Index | None = None
+        self.reference: list[Float[Tensor, "b d"]] = []
+        self.pictures = continuous and (data.codec is not None or (len(data.shape) == 3 and data.shape[0] in (1, 3)))
+
+    def observe(self, pipeline: Pipeline | Reconstructions, step: int, allowed: float) -> Observation | None:
+        """Look at the network after a step, for about so many seconds; None where there is no time for anything."""
+        end = self.clock() + allowed
+        self.device = pipeline.device
+        plain = isinstance(pipeline, Pipeline)
+        draws = self.index is not None and plain
+        denoiser = pipeline.denoiser if plain else self.recipe.denoiser.of(pipeline.model)
+        if allowed < _PATIENCE or not self._price(denoiser):
+            return None
+        if draws and end - self.clock() < self._least(pipeline):
+            return None
+        row = self._losses(denoiser, end, 0.35 if draws else 1.0)
+        if row is None:
+            return None
+        found = Observation({"step": step, **row})
+        if not draws or self.index is None or not isinstance(pipeline, Pipeline):
+            return found
+        self._read_more(self.index, "row", end, 0.5)
+        if self.index.complete and len(self.index) >= 2:
+            try:
+                self._sampled(pipeline, found, end)
+            except NotFinite:
+                found.row["samples"] = 0  # early in a training with few solver steps
+        return found
+
+    @torch.no_grad()
+    def _price(self, denoiser: Any) -> bool:
+        """Measure what a pair of probes takes, once; False where there are none."""
+        count = min(8, *(len(probes) for probes in self.probes))
+        if count < 2:
+            return False
+        if "probe" not in self.prices.seconds:
+            for _ in range(2):  # the first time is slower than the next: memory is taken, code is loaded
+                with self.prices.measure("probe", count):
+                    self._pairs(denoiser, count)
+        return True
+
+    # losses
+
+    @torch.no_grad()
+    def _losses(self, denoiser: Any, end: float, part: float) -> dict[str, Any] | None:
+        """Losses of training and held-out samples with the same times and noises, by level of noise.
+
+        They take a part of the time that is left, or what the fewest pairs need.
+        """
+        wanted = min(len(probes) for probes in self.probes)
+        left = end - self.clock()
+        least = min(_LEAST, wanted)
+        if self.prices.room("probe", left) < least:
+            return None
+        count = min(wanted, max(least, self.prices.room("probe", part * left)))
+        with self.prices.measure("probe", count):
+            train, heldout, t = self._pairs(denoiser, count)
+        order = torch.argsort(t, stable=True)
+        rows = []
+        for places in order.tensor_split(self.settings.levels):
+            gap = heldout[places] - train[places]
+            low, high = _interval(gap)
+            rows.append(
+                {
+                    "t": [float(t[places].min()), float(t[places].max())],
+                    "train": float(train[places].mean()),
+                    "heldout": float(heldout[places].mean()),
+                    "gap": float(gap.mean()),
+                    "low": low,
+                    "high": high,
+                }
+            )
+        low, high = _interval(heldout - train)
+        return {
+            "probes": count,
+            "train_loss": float(train.mean()),
+            "heldout_loss": float(heldout.mean()),
+            "gap_low": low,
+            "gap_high": high,
+            "levels": rows,
+        }
+
+    def _pairs(self, denoiser: Any, count: int) -> tuple[Float[Tensor, "m"], Float[Tensor, "m"], Float[Tensor, "m"]]:
+        """The losses of training and of held-out samples, and the times at which they were taken: the same in both."""
+        losses, times = [], torch.empty(0)
+        for split, probes in zip((self.data.train, self.data.heldout), self.probes, strict=True):
+            found, at = [], []
+            for places in torch.arange(count).split(_AT_ONCE):
+                batch = split.batch(probes[places])
+                cond = self.recipe.given(batch.given, self.device)
+                data = batch.data.to(self.device)
+                x0 = self.recipe.codec.encode(data)
+                for draw in range(_DRAWS):
+                    rng = Rng(self.recipe.seed).at(draw, places.to(self.device))
+                    loss = self.objective.loss(denoiser, x0, cond, rng, data if self.data.codec is None else None)
+                    found.append(loss.total.double().cpu())
+                    at.append(loss.t.double().cpu())
+            losses.append(torch.cat(found))
+            times = torch.cat(at)
+        return losses[0], losses[1], times
+
+    # copies and quality
+
+    def _least(self, pipeline: Pipeline | Reconstructions) -> float:
+        """Seconds of the smallest evaluation: the fewest probes, and samples."""
+        price = self.prices.seconds["probe"]
+        steps = min(self.settings.steps, pipeline.recipe.sample.steps)
+        # before any was drawn: a sample takes two passes a step, and a probe two draws in two splits
+        guess = price / (2 * _DRAWS) * 2 * steps
+        return _LEAST * (price + self.prices.seconds.get("sample", guess))
+
+    def _vectors(self, ids: Int[Tensor, "b"]) -> tuple[Shaped[Tensor, "b *s"], Float[Tensor, "b d"]]:
+        data = self.data.train.batch(ids).data
+        return data, self.recipe.codec.encode(data.to(self.device)).flatten(1)
+
+    def _mirror(self) -> Callable[[Float[Tensor, "b d"]], Float[Tensor, "b d"]] | None:
+        """Mirrors vectors where training mirrors images."""
+        shape = self.data.shape
+        if not getattr(self.recipe.data, "flip", False) or not isinstance(self.recipe.codec, Pixels):
+            return None
+        return lambda vectors: vectors.reshape(-1, *shape).flip(-1).flatten(1)
+
+    def _read_more(self, index: Index, kind: str, end: float, part: float) -> None:
+        """Read more training samples, for a part of the time that is left."""
+        if index.complete:
+            return
+        stop = self.clock() + part * (end - self.clock())
+        if kind not in self.prices.seconds:
+            with self.prices.measure(kind, 8):
+                index.read(index.order[:8])
+        while not index.complete:
+            first = len(index) == 0
+            count = index.fitting(_width(index)) if first else _AT_ONCE
+            if self.prices.room(kind, stop - self.clock()) < min(count, index.wanted - index.seen):
+                return
+            with self.prices.measure(kind, min(count, index.wanted - index.seen)):
+                index.extend(count)
+
+    @torch.no_grad()
+    def _sampled(self, pipeline: Pipeline, found: Observation, end: float) -> None:
+        """Draw as many samples as there is time for, look for copies, and compare with held-out data."""
+        assert self.index is not None
+        steps = min(self.settings.steps, pipeline.recipe.sample.steps)
+        count = self._affordable(end - self.clock())
+        if count == 0:
+            return
+        labels = self.data.train.batch(self.labelled[torch.arange(count) % len(self.labelled)]).label
+        labels = labels if pipeline.classes else None
+        with self.prices.measure("sample", count):
+            x0 = torch.cat(list(pipeline.latents(labels, count, seed=self.recipe.seed, steps=steps)))
+            near = self.index.nearest(x0.flatten(1))
+        if "pixels" not in self.floor:
+            vectors = [v for _, v in self._heldout(_FLOOR)]
+            copied = self.index.nearest(torch.cat(vectors)).copied
+            self.floor["pixels"] = float(copied.double().mean()), len(copied)
+        found.row |= {
+            "samples": count,
+            "indexed": len(self.index),
+            "duplicates": self.index.duplicates,
+            **_shares("", near.copied, self.floor["pixels"]),
+        }
+        if not self.pictures:
+            return
+        images = pipeline.recipe.codec.decode(x0).cpu()
+        if images.ndim != 4 or images.dtype != torch.uint8:
+            return
+        chosen = torch.argsort(near.d1 / near.d2)[:8]
+        theirs = self._images(self.data.train, near.nearest[chosen])
+        found.pairs = torch.stack((images[chosen], theirs), dim=1).flatten(0, 1)
+        self._compared(images, found, end)
+
+    def _affordable(self, left: float) -> int:
+        """How many samples to draw: a power of two, or all; the fewest the first time, to learn what they take."""
+        most = self.settings.samples
+        least = min(_LEAST, most)
+        if "sample" not in self.prices.seconds:
+            return least
+        if self.prices.room("sample", left) < least:
+            return 0
+        # what is left over is for features
+        count = min(most, max(least, self.prices.room("sample", 0.7 * left if self.pictures else left)))
+        return count if count == most else 2 ** (count.bit_length() - 1)
+
+    def _heldout(self, most: int) -> Iterator[tuple[Shaped[Tensor, "b *s"], Float[Tensor, "b d"]]]:
+        """Held-out samples and their vectors, the same each time."""
+        for ids in Rng(self.recipe.seed).some("floor", len(self.data.heldout), most).split(_AT_ONCE):
+            data = self.data.heldout.batch(ids).data
+            yield data, self.recipe.codec.encode(data.to(self.device)).flatten(1)
+
+    def _images(self, split: Split, ids: Int[Tensor, "b"]) -> UInt8[Tensor, "b c h w"]:
+        """What a person would see of these samples; of prepared latents, what they decode to."""
+        data = split.batch(ids).data
+        if self.data.codec is None:
+            return data
+        return self.recipe.codec.decode(self.recipe.codec.encode(data.to(self.device))).cpu()
+
+    def _compared(self, images: UInt8[Tensor, "n c h w"], found: Observation, end: float) -> None:
+        """Distance to held-out images, and copies, in features; each once all that it needs has been read."""
+        if self.features is None:
+            try:
+                self.features = Features(self.recipe.evaluate.size, self.device)
+            except DitkitError:  # the weights are an extra
+                self.pictures = False
+                return
+            self.of_training = Index(self._features_of, len(self.data.train), project=True)
+        assert self.of_training is not None
+        ids = Rng(self.recipe.seed).some("reference", len(self.data.heldout), _REFERENCE)
+        while (done := sum(len(part) for part in self.reference)) < len(ids):
+            part = ids[done : done + _AT_ONCE]
+            if self.prices.room("feature", end - self.clock()) < len(part) and "feature" in self.prices.seconds:
+                return
+            with self.prices.measure("feature", len(part)):
+                self.reference.append(self.features(self._images(self.data.heldout, part)))
+        if self.prices.room("feature", end - self.clock()) < len(images):
+            return
+        with self.prices.measure("feature", len(images)):
+            features = self.features(images)
+        if len(ids) >= 10:
+            distance = kernel_distance(features, torch.cat(self.reference))
+            found.row |= {"kid": distance.value, "kid_error": distance.error}
+        self._read_more(self.of_training, "feature of training", end, 1.0)
+        if self.of_training.complete and len(self.of_training) >= 2:
+            if "features" not in self.floor:
+                copied = self.of_training.nearest(torch.cat(self.reference)[:_FLOOR]).copied
+                self.floor["features"] = float(copied.double().mean()), len(copied)
+            copied = self.of_training.nearest(features).copied
+            found.row |= _shares("_features", copied, self.floor["features"])
+
+    def _features_of(self, ids: Int[Tensor, "b"]) -> tuple[Shaped[Tensor, "b *s"], Float[Tensor, "b d"]]:
+        assert self.features is not None
+        return self.data.train.batch(ids).data, self.features(self._images(self.data.train, ids))
+
+
+def _width(index: Index) -> int:
+    """Numbers of a vector of an index."""
+    return index.read(index.order[:1])[1].shape[1]
+
+
+def _shares(name: str, copied: Tensor, floor: tuple[float, int]) -> dict[str, Any]:
+    """f_mem with its interval, and the floor with the number of held-out samples it is of."""
+    share = share_of(copied)
+    return {
+        f"f_mem{name}": share.value,
+        f"f_mem{name}_low": share.low,
+        f"f_mem{name}_high": share.high,
+        f"floor{name}": floor[0],
+        f"floor{name}_samples": floor[1],
+    }
+
+
+def _interval(values: Float[Tensor, "m"], resamples: int = 1000) -> tuple[float, float]:
+    """The bootstrap's 95% interval of the mean of paired differences."""
+    generator = Rng(0).generator("bootstrap")
+    chosen = torch.randint(len(values), (resamples, len(values)), generator=generator)
+    low, high = values[chosen].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high

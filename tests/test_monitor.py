@@ -1,0 +1,224 @@
+"""The monitor of a training: what it sees in planted cases, what it takes, and that it changes nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ditkit.config import DitkitError
+from ditkit.data import Dataset, Digits
+from ditkit.data.dataset import InMemory
+from ditkit.evaluation import Observer
+from ditkit.pipeline import Pipeline, load
+from ditkit.recipe import Evaluate, Monitor, Recipe, Sample, Train
+from ditkit.recipes import digits
+from ditkit.runs import Run
+from ditkit.training import train
+from ditkit.training.watch import Watch
+
+LONG = 1e9
+"""Seconds: time for everything."""
+
+
+def tiny(steps: int = 4, **monitor: Any) -> Recipe:
+    recipe = digits()
+    model = replace(recipe.model, hidden_size=16, depth=1, num_heads=1, bottleneck_dim=4, in_context_start=0)
+    settings = Train(
+        steps=steps, batch=8, emas=(0.5,), sample_every=0, checkpoint_every=steps, monitor=Monitor(**monitor)
+    )
+    return replace(recipe, model=model, train=settings, sample=Sample(steps=2, batch=64), evaluate=Evaluate(size=32))
+
+
+def opened(train: Tensor | None = None, heldout: Tensor | None = None) -> Dataset:
+    """Digits; other images instead of some, with the label 0."""
+    data = Digits().open()
+    if train is None:
+        rows = torch.arange(0, len(data.train), 10)
+        train = data.train.batch(rows).data
+    if heldout is None:
+        heldout = data.heldout.batch(torch.arange(0, 1000, 5)).data
+    splits = [InMemory(x, torch.zeros(len(x), dtype=torch.long), torch.arange(len(x))) for x in (train, heldout)]
+    return replace(data, train=splits[0], heldout=splits[1])
+
+
+class Planted(Pipeline):
+    """A pipeline whose samples are given."""
+
+    def __init__(self, recipe: Recipe, images: Tensor):
+        super().__init__(recipe, recipe.model.build(0), recipe.model.shape)
+        self.images = images
+
+    def latents(self, label: Any = None, count: int = 16, **settings: Any) -> Iterator[Tensor]:
+        for part in self.images[:count].split(64):
+            yield self.recipe.codec.encode(part)
+
+
+def seen(data: Dataset, images: Tensor, **monitor: Any) -> dict[str, Any]:
+    """The row of one evaluation with these samples."""
+    recipe = tiny(**{"samples": len(images), **monitor}).fitted(data)
+    found = Observer(recipe, data, recipe.train.monitor).observe(Planted(recipe, images), 1, LONG)
+    assert found is not None
+    return found.row
+
+
+def noisy(images: Tensor, seed: int = 0) -> Tensor:
+    noise = 4 * torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+    return (images + noise).round().clamp(0, 255).to(torch.uint8)
+
+
+def test_training_images_with_a_little_noise_are_copies_and_others_are_not() -> None:
+    data = opened()
+    images = data.train.batch(torch.arange(150)).data
+    row = seen(data, noisy(images))
+    assert row["f_mem"] > 0.95
+    assert row["f_mem_low"] > 0.9
+    assert seen(data, images)["f_mem_features"] == 1  # noise is not small in features
+    others = data.heldout.batch(torch.arange(150)).data
+    row = seen(data, others)
+    assert row["f_mem"] < 0.01
+    assert row["f_mem_features"] < 0.01
+    assert row["floor"] < 0.01
+    assert (row["indexed"], row["duplicates"]) == (400, 0)
+    assert abs(row["kid"]) < 0.2  # held-out images against themselves, as far as 150 of them say
+
+
+def test_every_image_twice_hides_nothing_and_is_said(tmp_path: Path) -> None:
+    images = opened().train.batch(torch.arange(200)).data
+    data = opened(torch.cat((images, images)))
+    row = seen(data, noisy(images[:100]))
+    assert row["f_mem"] > 0.95
+    assert (row["indexed"], row["duplicates"]) == (200, 200)
+    recipe = tiny(samples=32).fitted(data)
+    observer = Observer(recipe, data, recipe.train.monitor)
+    watch = Watch(Run(tmp_path), replace(recipe.train.monitor, budget=1e9), observer, 0)
+    news = watch.look(Planted(recipe, noisy(images[:32])), 1, 1.0)
+    assert any(line.startswith("200 of the training samples are equal to others") for line in news)
+    assert any(line.startswith("copies of training samples from step 1") for line in news)
+    assert watch.look(Planted(recipe, noisy(images[:32])), 2, 1.0) == []  # once is enough
+
+
+def test_a_gap_is_one_where_training_and_held_out_samples_differ() -> None:
+    plain = seen(opened(), opened().heldout.batch(torch.arange(64)).data)
+    assert plain["gap_low"] < 0 < plain["gap_high"]
+    assert len(plain["levels"]) == 4
+    ends = [level["t"] for level in plain["levels"]]
+    assert all(a[1] <= b[0] for a, b in pairwise(ends))
+    black = torch.zeros(200, 1, 28, 28, dtype=torch.uint8)
+    black[:, 0, 0, :2] = torch.arange(200, dtype=torch.uint8)[:, None]
+    apart = seen(opened(heldout=255 - black), black[:64])
+    assert apart["gap_high"] < 0 or apart["gap_low"] > 0
+
+
+def test_losses_of_equal_splits_are_equal_and_the_same_each_time() -> None:
+    images = opened().train.batch(torch.arange(100)).data
+    data = opened(images, images)
+    recipe = tiny(probes=100).fitted(data)
+    observer = Observer(recipe, data, recipe.train.monitor)
+    rows = [observer.observe(Planted(recipe, images[:32]), k, LONG) for k in (1, 2)]
+    assert all(found is not None for found in rows)
+    first, second = (found.row for found in rows if found is not None)
+    assert first["train_loss"] == second["train_loss"]
+    # the probes of the two splits are drawn alike, so they are the same images here
+    assert (first["train_loss"], first["gap_low"], first["gap_high"]) == (first["heldout_loss"], 0.0, 0.0)
+
+
+def test_mirrored_copies_count_where_training_mirrors() -> None:
+    data = opened()
+    images = data.train.batch(torch.arange(64)).data.flip(-1)
+    recipe = replace(tiny(samples=64), data=Digits(flip=True)).fitted(data)
+    found = Observer(recipe, data, recipe.train.monitor).observe(Planted(recipe, images), 1, LONG)
+    assert found is not None
+    assert found.row["f_mem"] > 0.95
+    assert seen(data, images)["f_mem"] < 0.2
+
+
+def test_without_time_nothing_is_looked_at() -> None:
+    data = opened()
+    recipe = tiny().fitted(data)
+    pipeline = Planted(recipe, data.train.batch(torch.arange(64)).data)
+    observer = Observer(recipe, data, recipe.train.monitor)
+    assert observer.observe(pipeline, 1, 0.0) is None
+    assert observer.observe(pipeline, 1, 0.1) is None
+
+
+def test_when_it_is_due() -> None:
+    steps = [step for step in range(1, 70) if Monitor(per_octave=2).due(step)]
+    assert steps == [1, 2, 3, 4, 6, 8, 12, 16, 23, 32, 46, 64]
+
+
+def finished(folder: Path) -> dict[str, bytes]:
+    newest = Run(folder).newest()
+    assert newest is not None
+    return {p.name: p.read_bytes() for p in newest.folder.glob("*.safetensors")}
+
+
+def test_a_watched_training_is_the_same_training(tmp_path: Path) -> None:
+    watched, plain = tmp_path / "watched", tmp_path / "plain"
+    train(tiny(6, budget=1e6, samples=32, probes=32), watched, quiet=True)
+    train(tiny(6, budget=0.0), plain, quiet=True)
+    assert finished(watched) == finished(plain)
+    assert not (plain / "monitor.jsonl").exists()
+    rows = Run(watched).watched()
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert all(row["f_mem"] == 0 and row["samples"] == 32 for row in rows)
+    kept = list((watched / "best").glob("step-*"))
+    assert len(kept) == 1
+    assert load(kept[0]).sample(count=2).shape == (2, 1, 28, 28)
+    assert (watched / "monitor.png").stat().st_size > 500
+
+
+def test_a_run_that_goes_on_drops_the_rows_after_its_checkpoint(tmp_path: Path) -> None:
+    recipe = tiny(4, budget=1e6, samples=32, probes=32)
+    train(recipe, tmp_path / "run", quiet=True)
+    file = tmp_path / "run" / "monitor.jsonl"
+    row = json.loads(file.read_text().splitlines()[-1])
+    with file.open("a") as log:
+        log.write(json.dumps({**row, "step": 7}) + "\n" + '{"step": 8, "cut o')
+    longer = replace(recipe, train=replace(recipe.train, steps=8, checkpoint_every=8))
+    train(longer, tmp_path / "run", quiet=True)
+    assert [r["step"] for r in Run(tmp_path / "run").watched()] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+class Slow(Planted):
+    """On its clock each sample takes two milliseconds, and nothing else any time."""
+
+    now = 0.0
+
+    def latents(self, label: Any = None, count: int = 16, **settings: Any) -> Iterator[Tensor]:
+        self.now += 0.002 * count
+        yield from super().latents(label, count, **settings)
+
+
+def test_it_keeps_its_budget(tmp_path: Path) -> None:
+    """A training of 1,000 s in steps of 0.1 s, of which a thousandth is the monitor's: 500 samples, all in all."""
+    data = opened()
+    recipe = tiny(samples=512, probes=64).fitted(data)
+    settings = replace(recipe.train.monitor, budget=0.001)
+    pipeline = Slow(recipe, data.train.batch(torch.arange(400)).data)
+    watch = Watch(Run(tmp_path), settings, Observer(recipe, data, settings, clock=lambda: pipeline.now), 0)
+    due = [step for step in range(1, 10_001) if watch.due(step)]
+    for step in due:
+        watch.look(pipeline, step, 0.1 * step + watch.seconds)
+        # the first 32 samples are drawn at a price that is not known yet
+        assert watch.seconds <= max(0.001 * 0.1 * step, 32 * 0.002) + 1e-9
+    drawn = [row["samples"] for row in watch.rows if "samples" in row]
+    assert drawn[0] == 32
+    assert 200 < sum(drawn) <= 500
+    assert len(watch.rows) < len(due)
+
+
+def test_settings_that_cannot_be() -> None:
+    with pytest.raises(DitkitError, match=r"train\.monitor\.budget is a share of the training time, not -1"):
+        Monitor(budget=-1)
+    with pytest.raises(DitkitError, match=r"train\.monitor\.samples must be at least 1, not 0"):
+        Monitor(samples=0)
+    with pytest.raises(DitkitError, match=r"train\.monitor cannot be a settings"):
+        Train(monitor=Sample())
