@@ -2,9 +2,10 @@
 
 from .classifier import Classifier, train_classifier
 from .decisions import Decisions, decide
-from .distances import Estimate, frechet_distance, kernel_distance
+from .distances import Estimate, frechet_distance, gaussian_distance, kernel_distance
 from .features import Features
 from .heldout import heldout_loss, mean_loss
+from .intervals import Interval, bootstrap_mean
 from .measure import (
     MEANING,
     Measurement,
@@ -16,8 +17,10 @@ from .measure import (
     sampling_protocol,
 )
 from .memorization import FMem, f_mem, memorized, within_class_distance
+from .moments import Gaussian, Moments, frechet_of_gaussians
 from .monitor import Observation, Observer
 from .report import bounds, curve, write_report
+from .sets import density_coverage, inception_score, precision_recall, vendi_score
 from .texts import Nearest, nearest_texts
 
 __all__ = [
@@ -27,27 +30,37 @@ __all__ = [
     "Estimate",
     "FMem",
     "Features",
+    "Gaussian",
+    "Interval",
     "Measurement",
+    "Moments",
     "Nearest",
     "Observation",
     "Observer",
+    "bootstrap_mean",
     "bounds",
     "codec_kid",
     "curve",
     "decide",
+    "density_coverage",
     "evaluate",
     "f_mem",
     "features_protocol",
     "frechet_distance",
+    "frechet_of_gaussians",
+    "gaussian_distance",
     "heldout_features",
     "heldout_loss",
+    "inception_score",
     "kernel_distance",
     "mean_loss",
     "measure_kid",
     "memorized",
     "nearest_texts",
+    "precision_recall",
     "sampling_protocol",
     "train_classifier",
+    "vendi_score",
     "within_class_distance",
     "write_report",
 ]
