@@ -17,9 +17,11 @@ from ditkit.config import DitkitError
 from ditkit.data import Dataset, Digits
 from ditkit.data.dataset import InMemory
 from ditkit.evaluation import Observer
+from ditkit.evaluation.report import watched
 from ditkit.pipeline import Pipeline, load
 from ditkit.recipe import Evaluate, Monitor, Recipe, Sample, Train
 from ditkit.recipes import digits
+from ditkit.report import Picture
 from ditkit.runs import Run
 from ditkit.training import train
 from ditkit.training.watch import Watch
@@ -29,7 +31,7 @@ LONG = 1e9
 
 
 def tiny(steps: int = 4, **monitor: Any) -> Recipe:
-    recipe = digits()
+    recipe = replace(digits(), data=Digits(count=200))
     model = replace(recipe.model, hidden_size=16, depth=1, num_heads=1, bottleneck_dim=4, in_context_start=0)
     settings = Train(
         steps=steps, batch=8, emas=(0.5,), sample_every=0, checkpoint_every=steps, monitor=Monitor(**monitor)
@@ -173,6 +175,25 @@ def test_a_watched_training_is_the_same_training(tmp_path: Path) -> None:
     assert len(kept) == 1
     assert load(kept[0]).sample(count=2).shape == (2, 1, 28, 28)
     assert (watched / "monitor.png").stat().st_size > 500
+
+
+def test_the_report_of_a_watched_run_shows_what_was_seen(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    assert watched(run) is None
+    levels = [{"t": [0.0, 0.5], "gap": 0.1, "low": 0.05, "high": 0.2}]
+    rows = [
+        {"step": step, "train_loss": 0.5, "heldout_loss": 0.6, "levels": levels, "samples": 64, "seconds": 3.25}
+        | {"f_mem": f_mem, "f_mem_low": f_mem / 2, "floor": 0.0, "kid": 1.0, "kid_error": 0.1}
+        for step, f_mem in ((100, 0.0), (200, 0.1), (400, 0.5))
+    ]
+    run.monitor.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    section = watched(run)
+    assert section is not None
+    said = [part for part in section.parts if isinstance(part, str)]
+    assert any(line.startswith("Copies of training samples from step 200") for line in said)
+    assert "3 evaluations took 3.25 seconds of the training." in said
+    names = [part.name for part in section.parts if isinstance(part, Picture)]
+    assert names == ["monitor-loss.png", "monitor-copies.png", "monitor-kid.png"]
 
 
 def test_a_run_that_goes_on_drops_the_rows_after_its_checkpoint(tmp_path: Path) -> None:

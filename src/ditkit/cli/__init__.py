@@ -20,6 +20,7 @@ COMMANDS = {
     "sample": "draw images from a run or a checkpoint",
     "prepare": "encode a data set once, into shards that training reads",
     "evaluate": "measure a run and write its report",
+    "audit": "look for copies of training data in a model's samples, and write a report",
     "compare": "run a study: a controlled comparison of many small trainings, with its report",
     "import": "make a run of a published checkpoint: DiT, SiT, JiT, or a folder of diffusers",
     "export": "write a run as its authors, or diffusers, would have published it",
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser = _parser(command)
         # the options of a recipe are read by the command itself, once the recipe is known
         known, rest = parser.parse_known_args(words)
-        if rest and known.command not in ("train", "prepare"):
+        if rest and known.command not in ("train", "prepare", "audit"):
             parser.error(f"unknown option {rest[0]}")
         return _module(known.command).run(known, rest)
     except DitkitError as error:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from ..config import DitkitError, register
 from .dataset import Dataset, share
@@ -72,6 +73,8 @@ class Folder:
     Images are cropped to their central square, `resolution` pixels wide, and what is transparent becomes white.
     `channels` is 3 (RGB) or 1 (greyscale). About the share `holdout` of the files, chosen by name, is held out.
     """
+
+    positional: ClassVar[str] = "path"
 
     path: str
     resolution: int = 64

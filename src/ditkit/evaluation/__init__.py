@@ -1,5 +1,6 @@
 """Metrics and their protocols, and the report of a run."""
 
+from .audit import Audit, audit, write_audit
 from .classifier import Classifier, train_classifier
 from .decisions import Decisions, decide
 from .distances import Estimate, frechet_distance, gaussian_distance, kernel_distance
@@ -25,6 +26,7 @@ from .texts import Nearest, nearest_texts
 
 __all__ = [
     "MEANING",
+    "Audit",
     "Classifier",
     "Decisions",
     "Estimate",
@@ -37,6 +39,7 @@ __all__ = [
     "Nearest",
     "Observation",
     "Observer",
+    "audit",
     "bootstrap_mean",
     "bounds",
     "codec_kid",
@@ -62,5 +65,6 @@ __all__ = [
     "train_classifier",
     "vendi_score",
     "within_class_distance",
+    "write_audit",
     "write_report",
 ]

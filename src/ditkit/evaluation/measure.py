@@ -44,6 +44,7 @@ __all__ = [
     "features_protocol",
     "heldout_features",
     "measure_kid",
+    "original",
     "sampling_protocol",
 ]
 
@@ -141,7 +142,7 @@ def evaluate(
             if name is not None and name not in MEANING:
                 raise DitkitError(f"a bound names {name!r}: {near(name, MEANING)}")
     say("reading the data")
-    data = _original(recipe.data).open()
+    data = original(recipe.data).open()
     if data.classes != pipeline.classes:
         raise DitkitError(f"the data now has the classes {data.classes}, the run was trained on {pipeline.classes}")
     kind = "images" if len(data.shape) == 3 else "texts" if data.symbols else None
@@ -174,7 +175,7 @@ def evaluate(
     return found
 
 
-def _original(data: Any) -> Any:
+def original(data: Any) -> Any:
     """The data that samples are compared with: of prepared latents, the images that they were made of."""
     return data.original() if isinstance(data, Prepared) else data
 
@@ -309,7 +310,7 @@ def measure_kid(path: str | Path, *, seed: int = 0, device: str = "auto", **sett
     """
     pipeline = load(path, device=device)
     size, count = pipeline.recipe.evaluate.size, pipeline.recipe.evaluate.samples
-    features, reference, source = heldout_features(_original(pipeline.recipe.data), size, str(pipeline.device))
+    features, reference, source = heldout_features(original(pipeline.recipe.data), size, str(pipeline.device))
     labels = pipeline.labels(None, count)
     images = pipeline.sample(labels, count, seed=seed, **settings)
     estimate = kernel_distance(features(images), reference)
@@ -322,7 +323,7 @@ def measure_kid(path: str | Path, *, seed: int = 0, device: str = "auto", **sett
 def codec_kid(pipeline: Pipeline) -> float:
     """The kernel distance of held-out images to themselves after the codec: what a perfect network would give."""
     recipe = pipeline.recipe
-    data = _original(recipe.data)
+    data = original(recipe.data)
     features, reference, _ = heldout_features(data, recipe.evaluate.size, str(pipeline.device))
     split = data.open().heldout
     images = _samples(split, len(split))[0].to(pipeline.device)

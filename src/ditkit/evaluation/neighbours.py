@@ -100,7 +100,7 @@ class Index:
         vectors = vectors.flatten(1).float()
         if not self._ids:
             self._begin(vectors)
-        rows = self._short(vectors[kept]).cpu()
+        rows = self.short(vectors[kept]).cpu()
         first = len(self._ids)
         self._rows[first : first + len(rows)] = rows
         self._norm = max(self._norm, *rows.norm(dim=1).tolist(), 0.0)
@@ -122,7 +122,13 @@ class Index:
         width = d if self._axes is None else self._axes.shape[1]
         self._rows = torch.empty(self.wanted, width)  # pages of memory that are not written yet are not taken
 
-    def _short(self, vectors: Float[Tensor, "b d"]) -> Float[Tensor, "b k"]:
+    @property
+    def rows(self) -> Float[Tensor, "n k"]:
+        """The short vectors of the distinct samples."""
+        return self._rows[: len(self)]
+
+    def short(self, vectors: Float[Tensor, "b d"]) -> Float[Tensor, "b k"]:
+        """Vectors on the axes that are kept."""
         return vectors if self._axes is None else vectors @ self._axes.to(vectors.device)
 
     @torch.no_grad()
@@ -136,10 +142,10 @@ class Index:
             raise DitkitError(f"copies are found among at least 2 distinct training samples, and there are {len(self)}")
         vectors = vectors.flatten(1).float()
         seen = [vectors] if self.mirror is None else [vectors, self.mirror(vectors)]
-        bounds, places = self._candidates([self._short(v).cpu() for v in seen])
+        bounds, places = self._candidates([self.short(v).cpu() for v in seen])
         count, width = places.shape
         if self.project or self._axes is None:
-            short = [self._short(v).cpu() for v in seen]
+            short = [self.short(v).cpu() for v in seen]
             exact = torch.stack([self._apart(short, self._rows[places[:, k]]) for k in range(width)], dim=1)
             return self._said(exact, places, ratio)
         exact = torch.full((count, width), torch.inf, dtype=torch.float64)

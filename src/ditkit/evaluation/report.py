@@ -10,9 +10,10 @@ from ..config import to_json
 from ..report import Line, Listing, Picture, Report, Section, Table, Value, lines, number, write
 from ..runs import Run
 from ..sheet import png, sheet
+from .decisions import decide
 from .measure import MEANING, Measurement
 
-__all__ = ["bounds", "curve", "write_report"]
+__all__ = ["bounds", "curve", "watched", "write_report"]
 
 
 def curve(rows: Sequence[Mapping[str, Any]]) -> bytes:
@@ -46,11 +47,48 @@ def write_report(run: Run, found: Measurement) -> list[Path]:
         Section("Numbers", (Table(("number", "value", "what it means"), _numbers(found)),)),
         Section("Bounds", (Table(("bound", "found", ""), tuple(bounds(found))),)) if found.gates else None,
         Section("Training", (loss,)),
+        watched(run),
         Section("Protocol", (Listing(found.protocol),)),
         Section("Recipe", (Listing(recipe, brief=True),)),
     ]
     content = {**values, "protocol": found.protocol, "recipe": recipe}
     return write(Report(run.folder.name, tuple(s for s in sections if s), content), run.folder)
+
+
+def watched(run: Run) -> Section | None:
+    """What the monitor saw: its decisions, and curves of losses, copies and quality; None where it saw nothing."""
+    rows = run.watched()
+    if not rows:
+        return None
+    said = decide(rows).lines()
+    spent = f"{len(rows)} evaluations took {number(rows[-1]['seconds'])} seconds of the training."
+    steps = [row["step"] for row in rows]
+    losses = [
+        Line("training samples", steps, [row["train_loss"] for row in rows]),
+        Line("held-out samples", steps, [row["heldout_loss"] for row in rows]),
+    ]
+    loss = lines(losses, "step", "loss of the averaged weights, same times and noises", log_x=True, log_y=True)
+    parts: list[str | Picture] = [*(f"{line[0].upper()}{line[1:]}." for line in said), spent]
+    parts.append(Picture("monitor-loss.png", "losses of training and held-out samples over steps", loss))
+    sampled = [row for row in rows if row.get("f_mem") is not None]
+    if sampled:
+        at = [row["step"] for row in sampled]
+        copies = [
+            Line("f_mem", at, [row["f_mem"] for row in sampled]),
+            Line("floor: held-out samples", at, [row["floor"] for row in sampled], strong=False),
+        ]
+        drawn = lines(copies, "step", "share of samples that copy", log_x=True)
+        parts.append(Picture("monitor-copies.png", "share of samples that copy training samples over steps", drawn))
+    judged = [row for row in rows if row.get("kid") is not None]
+    if judged:
+        kid = Line("KID", [r["step"] for r in judged], [r["kid"] for r in judged], [r["kid_error"] for r in judged])
+        drawn = lines([kid], "step", "kernel distance to held-out images", log_x=True)
+        parts.append(Picture("monitor-kid.png", "kernel distance to held-out images over steps", drawn))
+    if (nearest := run.folder / "monitor.png").exists():
+        parts.append(
+            Picture("nearest.png", "samples nearest to training images, each before that one", nearest.read_bytes())
+        )
+    return Section("Monitor", tuple(parts))
 
 
 def _samples(found: Measurement) -> bytes:

@@ -1,0 +1,74 @@
+"""`ditkit audit RUN|IMAGES [--train DATA]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..config import DitkitError
+from .configs import guidance_arguments, guidance_settings
+
+__all__ = ["arguments", "run"]
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """What is not given is as the run's recipe has it."""
+    parser.usage = "ditkit audit RUN | ditkit audit IMAGES --train DATA [--data.FIELD VALUE ...] [--out FOLDER]"
+    parser.epilog = "The exit status is 1 where signs of copying were found."
+    parser.add_argument(
+        "what", metavar="RUN|IMAGES", type=Path, help="a run, a folder of images, or a .npz or .npy file"
+    )
+    parser.add_argument("--train", metavar="DATA", help="the training data of images: digits, emoji, folder:PATH")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the report (default: RUN/audit, or ./audit)")
+    parser.add_argument("--samples", type=int, default=1000, help="samples to draw from a run (default: 1000)")
+    parser.add_argument("--steps", type=int, help="solver steps")
+    guidance_arguments(parser)
+    parser.add_argument("--batch", type=int, help="samples computed at once")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+
+
+def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from ..evaluation import audit, write_audit
+    from ..evaluation.measure import original
+    from ..pipeline import load
+    from ..recipe import Recipe, device_of
+    from ..runs import is_run
+    from .configs import named
+    from .train import override
+
+    settings = {name: getattr(args, name) for name in ("steps", "batch") if getattr(args, name) is not None}
+    settings |= guidance_settings(args)
+    options = {
+        "samples": args.samples,
+        "seed": args.seed,
+        "device": str(device_of(args.device)),
+        "say": lambda line: print(f"{line} ...", file=sys.stderr, flush=True),
+    }
+    if is_run(args.what):
+        if args.train is not None or rest:
+            raise DitkitError("a run knows its training data: leave out " + (rest[0] if rest else "--train"))
+        pipeline = load(args.what, device=args.device)
+        data, size = original(pipeline.recipe.data).open(), pipeline.recipe.evaluate.size
+        found = audit(pipeline, data, size=size, **options, **settings)
+        out = args.out or args.what / "audit"
+    else:
+        if args.train is None:
+            raise DitkitError(f"{args.what} is no run: say what the images' model was trained on, with --train DATA")
+        if settings:
+            raise DitkitError(f"the images are there already: leave out --{next(iter(settings))}")
+        recipe = override(
+            Recipe(data=named("data", args.train)), rest, f"ditkit audit {args.what} --train {args.train}"
+        )
+        found = audit(args.what, recipe.data.open(), size=recipe.evaluate.size, **options)
+        out = args.out or Path("audit")
+    written = write_audit(found, out)
+    for what, came, fine in found.verdicts:
+        print(f"{'kept  ' if fine else 'MISSED'}  {what} ({came})")
+    print("written: " + ", ".join(str(path) for path in written))
+    if not found.passed:
+        print("ditkit: there are signs of copying", file=sys.stderr)
+        return 1
+    return 0

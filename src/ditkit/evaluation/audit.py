@@ -1,0 +1,250 @@
+"""Does a finished model give out its training data? What a person needs to sign it off.
+
+Every number about samples stands beside the same number of held-out images, which nobody copied.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from ..config import DitkitError
+from ..data import Dataset, Split
+from ..pipeline import Pipeline
+from ..report import Listing, Picture, Report, Section, Table, Value, number, provenance, write
+from ..rng import Rng
+from ..sheet import beside, rendered
+from .copying import authentic, copy_test
+from .decisions import MARGIN
+from .distances import kernel_distance
+from .features import Features
+from .images import read_images
+from .memorization import share_of
+from .neighbours import Index
+
+__all__ = ["Audit", "audit", "write_audit"]
+
+SHOWN = 32
+"""The samples nearest to training images that a report shows."""
+THRESHOLD = -3.0
+"""C_T below this is a sign of copying: three standard deviations of the test, if nothing were copied."""
+_FEATURED = 10_000  # training images whose features are taken
+_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was found: numbers, how they were obtained, verdicts (what, found, whether in order), and the nearest pairs.
+
+    pairs: samples, each before the training image nearest to it, the nearest first; ratios: d1 / d2 of these.
+    """
+
+    title: str
+    numbers: dict[str, float]
+    protocol: dict[str, Any]
+    verdicts: tuple[tuple[str, str, bool], ...]
+    pairs: UInt8[Tensor, "k c h w"]
+    ratios: Float[Tensor, "j"]
+    indices: Int[Tensor, "j"]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing was found."""
+        return all(fine for _, _, fine in self.verdicts)
+
+
+def audit(
+    what: Pipeline | str | Path,
+    data: Dataset,
+    *,
+    samples: int = 1000,
+    seed: int = 0,
+    size: int = 96,
+    device: str = "cpu",
+    say: Callable[[str], None] = lambda line: None,
+    **settings: Any,
+) -> Audit:
+    """Compare samples of a pipeline, or images in files, with the data that the model was trained on.
+
+    settings: fields of `Sample`. size: side in pixels at which features see images. say: gets a line when something
+    begins. Raises DitkitError for data of anything but images, or with too little held out to compare with.
+    """
+    begun = time.perf_counter()
+    if len(data.shape) != 3 or data.shape[0] not in (1, 3):
+        raise DitkitError(f"{data.name} holds no images [1 or 3, h, w], and an audit is of images")
+    if len(data.heldout) < 20:
+        raise DitkitError(
+            f"{data.name} has {len(data.heldout)} held-out images; an audit compares with at least 20: raise holdout"
+        )
+    protocol: dict[str, Any] = {"training_data": data.source}
+    if isinstance(what, Pipeline):
+        title = what.origin
+        say(f"drawing {samples} samples")
+        labels = _labels(what, data, samples)
+        images = what.sample(labels, samples, seed=seed, **settings)
+        chosen = {k: getattr(what.settings(**settings), k) for k in ("steps", "guidance")}
+        protocol |= {"checkpoint": what.origin, "labels": "of training images" if labels is not None else "none"}
+        protocol |= {"seed": seed, **{k: str(v) for k, v in chosen.items()}}
+    else:
+        title = Path(what).name
+        say("reading the images")
+        images = read_images(what, data.shape)
+        protocol["images"] = title
+    if len(images) < 20:
+        raise DitkitError(f"an audit takes at least 20 images, not {len(images)}")
+    protocol["samples"] = len(images)
+    held = _all(data.heldout, max(1000, len(images)))
+
+    say(f"looking for copies among {len(data.train):,} training images")
+    flip = getattr(data.train, "flip", False)
+    index = Index(lambda ids: _pair(data.train, ids), len(data.train), mirror=_mirror(data.shape) if flip else None)
+    index.extend(index.fitting(images[0].numel()))
+    while not index.complete:
+        index.extend(_AT_ONCE)
+    near, floor_near = index.nearest(_vectors(images)), index.nearest(_vectors(held))
+    copies, floor = share_of(near.copied), share_of(floor_near.copied)
+    own = _own(index, data.train, near.nearest), _own(index, data.train, floor_near.nearest)
+    real = (authentic(n.d1, n.nearest, o) for n, o in zip((near, floor_near), own, strict=True))
+    shares = [share_of(part) for part in real]
+    numbers = {
+        "f_mem": copies.value,
+        "f_mem_low": copies.low,
+        "f_mem_high": copies.high,
+        "f_mem_floor": floor.value,
+        "authentic": shares[0].value,
+        "authentic_error": shares[0].error,
+        "authentic_heldout": shares[1].value,
+        "duplicates": float(index.duplicates),
+    }
+    protocol["copies"] = f"d1 / d2 below 1/3 of {len(index):,} different training images" + (
+        ", or their mirror images" if flip else ""
+    )
+
+    say("comparing features")
+    features = Features(size, device)
+    sampled, reference = features(images), features(held)
+    some = Rng(0).some("audit", len(data.train), _FEATURED)
+    train = torch.cat([features(data.train.batch(ids).data) for ids in some.split(_AT_ONCE)])
+    for name, other in (("kid_train", train), ("kid_heldout", reference)):
+        estimate = kernel_distance(sampled, other)
+        numbers |= {name: estimate.value, f"{name}_error": estimate.error}
+    drawn, new = (index.short(_vectors(part)) for part in (images, held))
+    tests = {"c_t": copy_test(drawn, new, index.rows), "c_t_features": copy_test(sampled, reference, train)}
+    numbers |= {name: test.value for name, test in tests.items()}
+    protocol["features"] = {"network": features.name, "sha256": features.sha256, "size": size, "training": len(train)}
+    for name, test in tests.items():
+        protocol[name] = f"64 components, {test.cells} of {test.all_cells} cells, with {test.samples} of the samples"
+
+    order = torch.argsort(near.d1 / near.d2)[:SHOWN]
+    pairs = beside(images[order], data.train.batch(near.nearest[order]).data)
+    numbers["seconds"] = time.perf_counter() - begun
+    return Audit(
+        title,
+        numbers,
+        protocol | provenance(),
+        _verdicts(numbers),
+        pairs,
+        (near.d1 / near.d2)[order],
+        near.nearest[order],
+    )
+
+
+def _verdicts(numbers: dict[str, float]) -> tuple[tuple[str, str, bool], ...]:
+    """What must hold of a model that copies nothing."""
+    n = numbers
+    return (
+        (
+            f"f_mem is not above that of held-out images by more than {MARGIN:.0%} (95%)",
+            f"{n['f_mem']:.2%} ({n['f_mem_low']:.2%} to {n['f_mem_high']:.2%}) against {n['f_mem_floor']:.2%}",
+            n["f_mem_low"] <= n["f_mem_floor"] + MARGIN,
+        ),
+        (
+            f"C_T is above {THRESHOLD:g}: samples are no nearer to training images than held-out ones are",
+            f"{number(n['c_t'])} in pixels, {number(n['c_t_features'])} in features",
+            min(n["c_t"], n["c_t_features"]) > THRESHOLD,
+        ),
+    )
+
+
+_MEANING = {
+    "f_mem": "share of samples that copy: nearer to a training image than a third of the way to the next one",
+    "f_mem_floor": "the same of held-out images: what counts as a copy by chance",
+    "c_t": "copy test of Meehan et al. in pixels; far below 0 = nearer to training data than held-out data is",
+    "c_t_features": "the same in features",
+    "authentic": "share of samples further from their nearest training image than this is from its own nearest one",
+    "authentic_heldout": "the same of held-out images: what is to be expected",
+    "kid_train": "kernel distance of samples to training images, in features",
+    "kid_heldout": "the same to held-out images; much larger than to training images = overfitted",
+    "duplicates": "training images that are equal to others",
+}
+
+
+def write_audit(found: Audit, folder: Path) -> list[Path]:
+    """Write audit's report.html, .md, .json and picture into a folder; the paths, the page first."""
+    rows = tuple(
+        (name, Value(found.numbers[name], found.numbers.get(f"{name}_error")), meaning)
+        for name, meaning in _MEANING.items()
+    )
+    verdict = "Nothing was found." if found.passed else "There are signs of copying: look at the pairs below."
+    limits = (
+        "Copies are looked for pixel by pixel and in features: parts of training images, and what was moved or "
+        "recoloured, may pass. What was not drawn was not seen: with no copy among n samples the share is below 3 / n."
+    )
+    ratios = ", ".join(f"{ratio:.2f}" for ratio in found.ratios.tolist())
+    numbers = ", ".join(map(str, found.indices.tolist()))
+    sections = (
+        Section("Verdict", (verdict, Table(("what must hold", "what came", ""), found.verdicts), limits)),
+        Section("Numbers", (Table(("number", "value", "what it means"), rows),)),
+        Section(
+            "The samples nearest to training images",
+            (
+                "Each sample is followed by the training image nearest to it; the ones most like a copy first.",
+                Picture("nearest.png", "samples and their nearest training images", rendered(found.pairs, ".png", 16)),
+                f"d1 / d2: {ratios}",
+                f"numbers of the training images: {numbers}",
+            ),
+        ),
+        Section("Protocol", (Listing(found.protocol),)),
+    )
+    data = {**found.numbers, "passed": found.passed, "protocol": found.protocol}
+    return write(Report(f"Audit of {found.title}", sections, data), folder)
+
+
+def _labels(pipeline: Pipeline, data: Dataset, count: int) -> Tensor | None:
+    """Labels of training images, drawn; None for a model without classes."""
+    if not pipeline.classes:
+        return None
+    some = Rng(0).some("labels", len(data.train), count)
+    return data.train.batch(some[torch.arange(count) % len(some)]).label
+
+
+def _all(split: Split, most: int) -> UInt8[Tensor, "n c h w"]:
+    ids = Rng(0).some("audit", len(split), most)
+    return torch.cat([split.batch(part).data for part in ids.split(_AT_ONCE)])
+
+
+def _vectors(images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
+    return images.flatten(1).float()
+
+
+def _pair(split: Split, ids: Int[Tensor, "b"]) -> tuple[Tensor, Tensor]:
+    images = split.batch(ids).data
+    return images, _vectors(images)
+
+
+def _mirror(shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    return lambda vectors: vectors.reshape(-1, *shape).flip(-1).flatten(1)
+
+
+def _own(index: Index, split: Split, nearest: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
+    """The distance of training images to the nearest other one."""
+    ids, inverse = nearest.unique(return_inverse=True)
+    found = torch.cat([index.nearest(_pair(split, part)[1]).d2 for part in ids.split(256)])
+    return found[inverse]
