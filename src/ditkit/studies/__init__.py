@@ -8,6 +8,7 @@ from ..config import DitkitError, near
 from .backbones import backbones
 from .conditioning import conditioning
 from .manifold import manifold
+from .memorization import memorization
 from .prediction_loss import prediction_loss
 from .resolution import resolution
 from .runner import compare, read_results, write_report
@@ -36,6 +37,7 @@ _NAMED: dict[str, Callable[[str], Study]] = {
     "backbones": backbones,
     "conditioning": conditioning,
     "manifold": manifold,
+    "memorization": memorization,
     "prediction-loss": prediction_loss,
     "resolution": resolution,
     "scaling": scaling,

@@ -59,14 +59,20 @@ def power_laws(
         raise ValueError("the variables change together: the points cannot tell their exponents apart")
     slopes, intercept, explained = found
     generator = Rng(seed).generator("bootstrap")
-    drawn = []
-    for _ in range(RESAMPLES):
-        chosen = list(range(len(x))) if fixed else torch.randint(len(x), (len(x),), generator=generator).tolist()
-        heights = [values[i][torch.randint(len(values[i]), (len(values[i]),), generator=generator)] for i in chosen]
-        again = _plane(x[chosen], torch.stack([ys.mean() for ys in heights]).log())
-        if again is not None:
-            drawn.append(again[0])
-    spread = torch.stack(drawn)
+    if fixed:
+        means = torch.stack(
+            [ys[torch.randint(len(ys), (RESAMPLES, len(ys)), generator=generator)].mean(1) for ys in values], dim=1
+        )
+        spread = means.log() @ torch.linalg.pinv(x - x.mean(0)).T
+    else:
+        drawn = []
+        for _ in range(RESAMPLES):
+            chosen = torch.randint(len(x), (len(x),), generator=generator).tolist()
+            heights = [values[i][torch.randint(len(values[i]), (len(values[i]),), generator=generator)] for i in chosen]
+            again = _plane(x[chosen], torch.stack([ys.mean() for ys in heights]).log())
+            if again is not None:
+                drawn.append(again[0])
+        spread = torch.stack(drawn)
     ends = spread.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
     return tuple(
         PowerLaw(

@@ -1,0 +1,484 @@
+"""When a network copies: the two times of training of Bonnaire et al. 2025 (arXiv 2505.17638).
+
+Good samples come at a time tau_gen that does not depend on the number n of training images, copies of them at a time
+tau_mem that grows as n, and falls with the width W of the network: tau_mem ~ n / W. Between the two lies a window in
+which to stop. One network here on more and more images, and wider ones on as many; what each of them draws is looked at
+many times in its training.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data import Digits
+from ..diffusion import AB2, LogitNormal, Meaning, Regression
+from ..evaluation import (
+    Classifier,
+    Decisions,
+    decide,
+    f_mem,
+    features_protocol,
+    heldout_features,
+    kernel_distance,
+    mean_loss,
+    sampling_protocol,
+    train_classifier,
+)
+from ..models import DiTConfig
+from ..pipeline import load
+from ..plan import gmacs
+from ..recipe import Evaluate, Monitor, Recipe, Sample, Train, device_of
+from ..report import Line, Picture, Section, Table, Value, lines, number
+from ..runs import Run, step_of
+from .laws import PowerLaw, crossing, power_laws
+from .random_features import Flow, Losses
+from .study import Cell, Claim, Finding, Missing, Results, Study
+
+__all__ = ["dense", "memorization", "times_of"]
+
+COUNTS = (256, 512, 1024)
+"""Training images of the sweep over n."""
+MIDDLE = 512
+"""Training images of the sweep over W."""
+WIDTHS = {"cpu": (64, 128, 192), "full": (128, 256, 512)}
+"""Of which the middle one is that of the sweep over n."""
+SNAPSHOTS = 96
+PER_OCTAVE = 6
+LEVELS = (0.02, 0.10, 0.25)
+"""Shares of copies at which tau_mem is read; the second is the one that is meant where none is named."""
+GOOD = 0.8
+"""Samples are good where so many of them are seen as the class that was asked for, as a share of held-out images."""
+CLASSIFIER = {"steps": 800}
+"""How long that is trained which sees classes."""
+FALL = 0.9
+"""Share of the whole fall of KID that is done at the tau_gen of KID."""
+LIVE = 2**0.25
+"""An interval between two evaluations of the monitor."""
+MODEL: dict[str, Any] = {"d": 32, "p": 1024, "t": 0.03, "ratios": (2, 4, 8, 16)}
+"""The random-features model of the theory: psi_p = 32, and psi_n = n / d."""
+
+
+def memorization(preset: str = "cpu") -> Study:
+    """cpu: digits of 14 px in one token, at most 1M MACs. full: digits of 28 px in 49 tokens, for a GPU."""
+    widths = WIDTHS[preset]
+    make = _cpu if preset == "cpu" else _full
+    cells = [Cell(_of_count(n), make(n, widths[1])) for n in COUNTS]
+    cells += [Cell(_of_width(w), make(MIDDLE, w)) for w in widths if w != widths[1]]
+    question = (
+        "A network that is trained long enough draws its training images. Is the time at which this begins, tau_mem, "
+        "proportional to the number n of images, while the time tau_gen at which samples are good does not depend on "
+        "it, and does a wider network copy sooner? Then there is a window in which to stop, and more data widen it."
+    )
+    return Study("memorization", preset, question, tuple(cells), _measure, _present, _claims(), (0, 1, 2))
+
+
+def _of_count(n: int) -> str:
+    return f"n{n}"
+
+
+def _of_width(width: int) -> str:
+    return f"w{width}"
+
+
+def _train(steps: int, **settings: Any) -> Train:
+    """A constant rate, so that a step is a step, and weights averaged over a share of the training that stays 5%."""
+    every = max(1, steps // SNAPSHOTS)
+    return Train(
+        steps=every * SNAPSHOTS,
+        emas=(),
+        ema_stds=(0.05,),
+        snapshot_every=every,
+        log_every=50,
+        sample_every=0,
+        checkpoint_every=every * SNAPSHOTS // 4,
+        keep=1,
+        monitor=Monitor(budget=0.5),  # so short a training has no time for 512 samples in the usual 5%
+        **settings,
+    )
+
+
+def _cpu(n: int, width: int) -> Recipe:
+    """The length of the training goes as n / W, so that it ends well after the first copies in every cell."""
+    return Recipe(
+        data=Digits(resolution=14, count=n),
+        model=DiTConfig(
+            patch_size=14, hidden_size=width, depth=1, num_heads=width // 32, learn_sigma=False, num_classes=10
+        ),
+        denoiser=Meaning(prediction="x0", clock="1000t", t_eps=0.05),
+        objective=Regression("velocity", LogitNormal(0.0, 1.0)),
+        train=_train(14 * n * 128 // width, batch=128, lr=1e-3, warmup=50),
+        sample=Sample(steps=20, solver=AB2(), batch=256),
+        evaluate=Evaluate(samples=512, size=64),
+    )
+
+
+def _full(n: int, width: int) -> Recipe:
+    return replace(
+        _cpu(n, width),
+        data=Digits(count=n),
+        model=DiTConfig(
+            patch_size=4, hidden_size=width, depth=6, num_heads=width // 64, learn_sigma=False, num_classes=10
+        ),
+        train=_train(100 * n * 256 // width, batch=256, lr=2e-4, warmup=500),
+        sample=Sample(steps=50, solver=AB2(), batch=512),
+        evaluate=Evaluate(samples=2048, size=96),
+    )
+
+
+def dense(steps: Sequence[int], per_octave: int = PER_OCTAVE) -> list[int]:
+    """Of steps, rising, those nearest to a grid of so many in each doubling; the last one among them."""
+    chosen = set()
+    for k in range(math.ceil(per_octave * math.log2(steps[-1] / steps[0])) + 1):
+        wanted = steps[-1] * 2 ** (-k / per_octave)
+        chosen.add(min(steps, key=lambda s, w=wanted: abs(s - w)))
+    return sorted(chosen)
+
+
+def _measure(folder: Path, cell: Cell, seed: int) -> Finding:
+    recipe, run = cell.recipe, Run(folder)
+    data, device = recipe.data.open(), str(device_of(recipe.train.device))
+    train = data.train.batch(torch.arange(len(data.train)))
+    heldout = data.heldout.batch(torch.arange(len(data.heldout))).data
+    features, reference, source = heldout_features(recipe.data, recipe.evaluate.size, device)
+    count, floor = recipe.evaluate.samples, f_mem(heldout, train.data).value
+    labels = None if train.label is None else train.label[torch.arange(count) % len(train.label)]
+    losses = min(len(data.train), len(data.heldout))
+    classifier, ceiling = _classifier(replace(recipe.data, count=0))
+    folders = {step_of(path): path for path in run.snapshots()}
+    rows, images, pipeline = [], None, None
+    for step in dense(sorted(folders)):
+        pipeline = load(folders[step], device=device)
+        images = pipeline.sample(labels, count, seed=seed)
+        copies, distance = f_mem(images, train.data), kernel_distance(features(images), reference)
+        rows.append(
+            {
+                "step": step,
+                "train_loss": mean_loss(pipeline, data.train, losses),
+                "heldout_loss": mean_loss(pipeline, data.heldout, losses),
+                "samples": count,
+                "f_mem": copies.value,
+                "f_mem_low": copies.low,
+                "f_mem_high": copies.high,
+                "floor": floor,
+                "accuracy": 0.0 if labels is None else classifier.accuracy(images, labels) / ceiling,
+                "kid": distance.value,
+                "kid_error": distance.error,
+            }
+        )
+    assert pipeline is not None
+    model = pipeline.recipe.model
+    numbers = {
+        "gmacs": gmacs(model, model.shape),
+        "parameters": float(sum(p.numel() for p in pipeline.model.parameters() if p.requires_grad)),
+        **times_of(rows),
+        **_live(rows, run.watched()),
+    }
+    protocol = {
+        **sampling_protocol(pipeline, pipeline.settings(), count, seed),
+        "checkpoint": f"snapshots/{run.snapshots()[-1].name.split('-')[0]}-*, {pipeline.origin.split('/')[-1]}",
+        "labels": "those of training images",
+        "reference": f"held-out part of {source}",
+        "reference_images": len(reference),
+        "features": features_protocol(features),
+        "accuracy": "share of samples that a small CNN, trained on all 4,000 training images, sees as the class asked "
+        f"for, over that of held-out images, {ceiling:.3f}",
+        "copies": f"nearest over second nearest of {len(data.train)} training images below 1/3, in bytes, L2",
+        "losses": f"{losses} training and held-out images, one time and noise each, the same for both",
+        "evaluations": f"{PER_OCTAVE} in each doubling of the number of steps, {len(rows)} in all",
+    }
+    series = {name: [float(row[name]) for row in rows] for name in rows[0] if name != "samples"}
+    return Finding(numbers, protocol, images, series=series)
+
+
+@functools.lru_cache(maxsize=1)
+def _classifier(config: Digits) -> tuple[Classifier, float]:
+    """A classifier of all training images, and its accuracy on held-out ones."""
+    data = config.open()
+    train, heldout = (split.batch(torch.arange(len(split))) for split in (data.train, data.heldout))
+    assert train.label is not None
+    assert heldout.label is not None
+    classifier = train_classifier(train.data, train.label, len(data.classes), **CLASSIFIER)
+    return classifier, classifier.accuracy(heldout.data, heldout.label)
+
+
+def times_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """tau_mem and tau_gen, and what stopping early gives, from measurements at many steps; what is not there is left
+    out.
+
+    tau_mem: where f_mem comes to a level, on straight lines over log step. tau_gen: where as many samples as are wanted
+    are seen as their class; tau_gen_kid: where so much of the fall of KID, from its highest value on, is done. window:
+    the best KID before the first copies, by the monitor's rule for these. lowest: the lowest held-out loss.
+    """
+    steps, copies, kids = ([float(row[name]) for row in rows] for name in ("step", "f_mem", "kid"))
+    found: dict[str, float | None] = {
+        f"tau_mem_{round(100 * level)}": crossing(steps, copies, level) for level in LEVELS
+    }
+    top = kids.index(max(kids))
+    falls = [kids[top] - kid for kid in kids[top:]]
+    found["tau_gen"] = crossing(steps, [float(row["accuracy"]) for row in rows], GOOD)
+    found["tau_gen_kid"] = crossing(steps[top:], falls, FALL * max(falls)) if max(falls) > 0 else None
+    decided = decide(rows)
+    before = [row for row in rows if decided.copies is None or row["step"] < decided.copies]
+    shown = {
+        "lowest": min(rows, key=lambda row: row["heldout_loss"]),
+        "window": min(before, key=lambda row: row["kid"], default=None),
+        "last": rows[-1],
+    }
+    for name, row in shown.items():
+        if row is not None:
+            found |= {f"{name}_{what}": float(row[what]) for what in ("step", "kid", "accuracy", "f_mem")}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _live(rows: Sequence[Mapping[str, Any]], live: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The step at which copies begin by the monitor's rule: as the monitor of the training saw it, and densely."""
+    seen: dict[str, Decisions] = {"dense": decide(rows)} | ({"live": decide(live)} if live else {})
+    return {f"{name}_copies": float(d.copies) for name, d in seen.items() if d.copies is not None}
+
+
+def _fit(results: Results, name: str) -> tuple[PowerLaw, PowerLaw]:
+    """The exponents of n and of W. Raises Missing where a run has no such time."""
+    points = {}
+    for cell in results.study.cells:
+        values = results.values(cell.name, name)
+        if len(values) < len(results.study.seeds):
+            raise Missing(f"a run of {cell.name} did not come to {name}")
+        points[float(cell.recipe.data.count), float(cell.recipe.model.hidden_size)] = values
+    n, w = power_laws(points, fixed=True)
+    return n, w
+
+
+def _said(law: PowerLaw) -> str:
+    return f"{number(law.exponent)}, {number(law.low)} to {number(law.high)}"
+
+
+def _mem_grows(results: Results) -> tuple[str, bool]:
+    n, _ = _fit(results, "tau_mem_10")
+    return _said(n), 0.7 <= n.exponent <= 1.3
+
+
+def _width_shrinks(results: Results) -> tuple[str, bool]:
+    _, w = _fit(results, "tau_mem_10")
+    return _said(w), w.high < 0
+
+
+def _gen_stays(results: Results, name: str) -> tuple[str, bool]:
+    times = {n: results.mean(_of_count(n), name) for n in COUNTS}
+    ratio = max(times.values()) / min(times.values())
+    return f"{number(ratio)} times: {', '.join(f'n = {n} {number(t)}' for n, t in times.items())}", ratio < 2
+
+
+def _live_agrees(results: Results) -> tuple[str, bool]:
+    found, ratios = results.found, []
+    for (cell, seed), finding in found.items():
+        numbers = finding.numbers
+        if "live_copies" not in numbers or "dense_copies" not in numbers:
+            raise Missing(f"{cell} with seed {seed} has no two steps to compare")
+        ratios.append(numbers["live_copies"] / numbers["dense_copies"])
+    within = sum(abs(math.log(ratio)) <= math.log(LIVE) + 1e-9 for ratio in ratios)
+    said = f"{within} of {len(ratios)}, from {number(min(ratios))} to {number(max(ratios))} times"
+    return said, within == len(ratios)
+
+
+def _stopping(results: Results) -> tuple[str, bool]:
+    early = [results.mean(cell.name, "lowest_f_mem") for cell in results.study.cells]
+    late = [results.mean(cell.name, "last_f_mem") for cell in results.study.cells]
+    said = f"at most {max(early):.1%} there, {min(late):.0%} to {max(late):.0%} at the end"
+    return said, max(early) <= LEVELS[0] and min(late) >= LEVELS[-1]
+
+
+def _theory_holds(results: Results) -> tuple[str, bool]:
+    found = _solved_losses(**MODEL)
+    times = [
+        power_laws({(float(r),): [getattr(losses, what)()] for r, losses in found.items()})[0].exponent
+        for what in ("memorizes", "generalises")
+    ]
+    return f"{number(times[0])} and {number(times[1])}", 0.7 <= times[0] <= 1.3 and abs(times[1]) <= 0.3
+
+
+def _claims() -> tuple[Claim, ...]:
+    gen = "tau_gen differs by less than 2 times from n = 256 to 1,024"
+    return (
+        Claim("tau_mem ~ n^a W^b: a is within 0.7 to 1.3 (theory: 1)", _mem_grows),
+        Claim("b is below 0, with its whole interval (theory: -1)", _width_shrinks),
+        Claim(f"{gen}, by the class that samples show", lambda results: _gen_stays(results, "tau_gen")),
+        Claim(f"{gen}, by 90% of the fall of KID", lambda results: _gen_stays(results, "tau_gen_kid")),
+        Claim("the monitor sees copies within one of its evaluations, 2^(1/4) times, of the dense look", _live_agrees),
+        Claim("at the lowest held-out loss at most 2% are copies, at the end at least 25%, in every cell", _stopping),
+        Claim("random features: tau_mem ~ n^a with a within 0.7 to 1.3, tau_gen within -0.3 to 0.3", _theory_holds),
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _solved_losses(d: int, p: int, t: float, ratios: tuple[int, ...]) -> dict[int, Losses]:
+    """Losses of the random-features model by psi_n."""
+    times = [10 ** (k / 6) for k in range(43)]
+    return {ratio: Flow(d, ratio * d, p, t, frequency=1.0).losses(times) for ratio in ratios}
+
+
+def _curve(results: Results, cell: str, column: str) -> tuple[list[float], list[float]] | None:
+    """Steps, and the mean over seeds of what was measured at each; None where nothing was."""
+    found = [f.series for (name, _), f in results.found.items() if name == cell and column in f.series]
+    found = [series for series in found if series["step"] == found[0]["step"]]
+    if not found:
+        return None
+    columns = [series[column] for series in found]
+    return list(found[0]["step"]), [sum(row) / len(row) for row in zip(*columns, strict=True)]
+
+
+def _present(results: Results) -> tuple[Section, ...]:
+    return (_times(results), _curves(results), _stops(results), _solved())
+
+
+def _label(recipe: Recipe) -> str:
+    return f"n = {recipe.data.count:,}, W = {recipe.model.hidden_size}"
+
+
+def _times(results: Results) -> Section:
+    names = {
+        "gmacs": "GMACs",
+        "tau_gen": "tau_gen, class",
+        "tau_gen_kid": "tau_gen, KID",
+        **{f"tau_mem_{round(100 * level)}": f"tau_mem, {level:.0%}" for level in LEVELS},
+        "dense_copies": "copies, densely",
+        "live_copies": "copies, live",
+        "seconds": "seconds",
+    }
+    rows = tuple((_label(c.recipe), *(results.value(c.name, k) for k in names)) for c in results.study.cells)
+    parts: list[Table | Picture | str] = [
+        "Steps. tau_mem: where the share of copies among samples comes to 2%, 10% and 25%. tau_gen: where 80% as "
+        "many of them as of held-out images are seen as the class asked for, and where 90% of the fall of KID is done. "
+        "The last two are where copies begin by the rule of the monitor, the lower end of the interval of f_mem above "
+        "its floor by 1%: in the snapshots, and as the training's own monitor saw it.",
+        Table(("", *names.values()), rows),
+    ]
+    try:
+        laws = {level: _fit(results, f"tau_mem_{round(100 * level)}") for level in LEVELS}
+    except (Missing, ValueError):
+        laws = {}
+    if laws:
+        head = ("tau_mem ~ n^a W^b at", "a", "interval of a", "b", "interval of b", "explained")
+        rows = tuple(
+            (
+                f"{level:.0%} copies",
+                Value(n.exponent, n.error),
+                f"{number(n.low)} to {number(n.high)}",
+                Value(w.exponent, w.error),
+                f"{number(w.low)} to {number(w.high)}",
+                f"{n.explained:.1%}",
+            )
+            for level, (n, w) in laws.items()
+        )
+        parts += [Table(head, rows), "Errors and intervals (95%) are the bootstrap's over seeds."]
+    by_count = [cell for cell in results.study.cells if cell.name.startswith("n")]
+    curves = []
+    for name, label in (
+        ("tau_mem_10", "tau_mem, 10% copies"),
+        ("tau_gen", "tau_gen, class"),
+        ("tau_gen_kid", "tau_gen, KID"),
+    ):
+        values = {c.recipe.data.count: results.value(c.name, name) for c in by_count}
+        known = {n: v for n, v in values.items() if v.value}
+        if known:
+            heights = [v.value or 0.0 for v in known.values()]
+            curves.append(Line(label, list(known), heights, [v.error or 0.0 for v in known.values()]))
+    if laws:
+        n, w = laws[LEVELS[1]]
+        width = by_count[0].recipe.model.hidden_size
+        law = [n.factor * count**n.exponent * width**w.exponent for count in COUNTS]
+        curves.append(Line(f"n^{n.exponent:.2f}", list(COUNTS), law, strong=False))
+    if curves:
+        plot = lines(curves, "training images n", "steps", log_x=True, log_y=True)
+        parts.append(Picture("times.png", "tau_mem and tau_gen against n, log-log, with the fit", plot))
+    return Section("The two times", tuple(parts))
+
+
+def _curves(results: Results) -> Section:
+    """f_mem, KID and losses against steps, f_mem against steps / n, too."""
+    by_count = [cell for cell in results.study.cells if cell.name.startswith("n")]
+    by_width = sorted(
+        (c for c in results.study.cells if c.recipe.data.count == MIDDLE), key=lambda c: c.recipe.model.hidden_size
+    )
+    plots = (
+        ("copies.png", by_count, "f_mem", "steps", lambda r: 1.0, "copies against steps, by n"),
+        ("collapse.png", by_count, "f_mem", "steps / n", lambda r: 1 / r.data.count, "copies against steps / n"),
+        ("widths.png", by_width, "f_mem", "steps", lambda r: 1.0, "copies against steps, by width"),
+        ("accuracy.png", by_count, "accuracy", "steps", lambda r: 1.0, "samples seen as their class against steps"),
+        ("kid.png", by_count, "kid", "steps", lambda r: 1.0, "KID to held-out images against steps"),
+        ("loss.png", by_count, "heldout_loss", "steps", lambda r: 1.0, "held-out loss against steps"),
+    )
+    names = {
+        "f_mem": "share of copies",
+        "kid": "KID",
+        "heldout_loss": "held-out loss",
+        "accuracy": "seen as their class",
+    }
+    parts: list[Picture | str] = ["Means over the seeds."]
+    for file, cells, column, x, scale, alt in plots:
+        curves = []
+        for cell in cells:
+            found = _curve(results, cell.name, column)
+            if found is not None:
+                steps = [step * scale(cell.recipe) for step in found[0]]
+                curves.append(Line(_label(cell.recipe), steps, found[1]))
+        if curves:
+            plot = lines(curves, x, names[column], log_x=True, log_y=column in ("kid", "heldout_loss"))
+            parts.append(Picture(file, alt, plot))
+    return Section("In the course of training", tuple(parts))
+
+
+def _stops(results: Results) -> Section:
+    said = (
+        "What there is at three steps: the lowest held-out loss; the best KID before the first copies; "
+        "and the last step. KID to held-out images does not see copies: a "
+        "copy is a good image."
+    )
+    head = [
+        "",
+        *(f"{name}: {what}" for name in ("lowest loss", "before copies", "last") for what in ("step", "KID", "f_mem")),
+    ]
+    rows = tuple(
+        (
+            _label(cell.recipe),
+            *(
+                results.value(cell.name, f"{name}_{what}")
+                for name in ("lowest", "window", "last")
+                for what in ("step", "kid", "f_mem")
+            ),
+        )
+        for cell in results.study.cells
+    )
+    return Section("Stopping early", (said, Table(tuple(head), rows)))
+
+
+def _solved() -> Section:
+    found = _solved_losses(**MODEL)
+    d, delta = MODEL["d"], Flow(1, 1, 1, MODEL["t"]).delta
+    curves = [
+        Line(f"{what}, n = {ratio} d", [t / ratio for t in losses.times], getattr(losses, what))
+        for what in ("test", "train")
+        for ratio, losses in found.items()
+    ]
+    rows = tuple(
+        (f"{ratio}", Value(losses.generalises()), Value(losses.memorizes()), Value(losses.memorizes() / ratio))
+        for ratio, losses in found.items()
+    )
+    said = (
+        f"A score of {MODEL['p']:,} random features in {d} dimensions, for one time t = {MODEL['t']:g}, trained "
+        "by gradient flow, whose losses are known in closed form (studies/random_features.py). tau_gen: 90% of the "
+        "fall of the test loss; tau_mem: a tenth of the gap between test and training loss that there is in the end. "
+        f"The score of the population has a test loss of {number(1 - delta)}."
+    )
+    plot = lines(curves, "time / psi_n", "loss", log_x=True, log_y=True)
+    picture = Picture("theory.png", "test and training loss of random features against time / psi_n", plot)
+    return Section(
+        "The same where it can be solved",
+        (said, Table(("psi_n", "tau_gen", "tau_mem", "tau_mem / psi_n"), rows), picture),
+    )
