@@ -29,7 +29,7 @@ from ..rng import Rng
 from .distances import kernel_distance
 from .features import Features
 from .memorization import share_of
-from .neighbours import Index
+from .neighbours import Index, Near
 
 __all__ = ["Observation", "Observer"]
 
@@ -234,15 +234,14 @@ class Observer:
     def _sampled(self, pipeline: Pipeline, found: Observation, end: float) -> None:
         """Draw as many samples as there is time for, look for copies, and compare with held-out data."""
         assert self.index is not None
-        steps = min(self.settings.steps, pipeline.recipe.sample.steps)
-        count = self._affordable(end - self.clock())
+        first = "sample" not in self.prices.seconds
+        count = min(_LEAST, self.settings.samples) if first else self._affordable(end - self.clock())
         if count == 0:
             return
-        labels = self.data.train.batch(self.labelled[torch.arange(count) % len(self.labelled)]).label
-        labels = labels if pipeline.classes else None
-        with self.prices.measure("sample", count):
-            x0 = torch.cat(list(pipeline.latents(labels, count, seed=self.recipe.seed, steps=steps)))
-            near = self.index.nearest(x0.flatten(1))
+        x0, near = self._drawn(pipeline, self.index, count)
+        if first and (more := self._affordable(end - self.clock())) > count:
+            count = more
+            x0, near = self._drawn(pipeline, self.index, count)
         if "pixels" not in self.floor:
             vectors = [v for _, v in self._heldout(_FLOOR)]
             copied = self.index.nearest(torch.cat(vectors)).copied
@@ -263,12 +262,19 @@ class Observer:
         found.pairs = torch.stack((images[chosen], theirs), dim=1).flatten(0, 1)
         self._compared(images, found, end)
 
+    def _drawn(self, pipeline: Pipeline, index: Index, count: int) -> tuple[Float[Tensor, "n *shape"], Near]:
+        """So many samples, with labels of training samples, and what is near to them."""
+        labels = self.data.train.batch(self.labelled[torch.arange(count) % len(self.labelled)]).label
+        steps = min(self.settings.steps, pipeline.recipe.sample.steps)
+        with self.prices.measure("sample", count):
+            drawn = pipeline.latents(labels if pipeline.classes else None, count, seed=self.recipe.seed, steps=steps)
+            x0 = torch.cat(list(drawn))
+            return x0, index.nearest(x0.flatten(1))
+
     def _affordable(self, left: float) -> int:
-        """How many samples to draw: a power of two, or all; the fewest the first time, to learn what they take."""
+        """How many samples there is time for: a power of two, or all; 0 if not even for the fewest."""
         most = self.settings.samples
         least = min(_LEAST, most)
-        if "sample" not in self.prices.seconds:
-            return least
         if self.prices.room("sample", left) < least:
             return 0
         # what is left over is for features
