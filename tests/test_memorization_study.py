@@ -35,7 +35,7 @@ def test_the_design_is_a_sweep_over_n_and_one_over_w_of_networks_below_a_million
         train = recipe.train
         assert train.steps == SNAPSHOTS * train.snapshot_every
         assert train.cooldown == 0
-        assert train.steps / (recipe.data.count / recipe.model.hidden_size) == pytest.approx(14 * 128, rel=0.02), name
+        assert train.steps / (recipe.data.count / recipe.model.hidden_size) == pytest.approx(18 * 128, rel=0.02), name
         same = replace(cells["n512"], data=recipe.data, model=recipe.model, train=train)
         assert same == recipe, name
         length = {"steps": 1, "snapshot_every": 1, "checkpoint_every": 1}

@@ -113,7 +113,7 @@ def _cpu(n: int, width: int) -> Recipe:
         ),
         denoiser=Meaning(prediction="x0", clock="1000t", t_eps=0.05),
         objective=Regression("velocity", LogitNormal(0.0, 1.0)),
-        train=_train(14 * n * 128 // width, batch=128, lr=1e-3, warmup=50),
+        train=_train(18 * n * 128 // width, batch=128, lr=1e-3, warmup=50),
         sample=Sample(steps=20, solver=AB2(), batch=256),
         evaluate=Evaluate(samples=512, size=64),
     )
