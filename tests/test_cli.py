@@ -218,7 +218,8 @@ def test_leftovers_of_a_crash_do_not_block_the_same_command(ditkit: Command, tmp
         ("--train.betas 2 3", "train.betas"),
         ("--train.lr=-1", "train.lr"),
         ("--evaluate.samples 3", "at least 10"),
-        ("--data folder", "folder:PATH"),
+        ("--data folder", "needs its path: write folder:PATH"),
+        ("--data folder:nowhere", "nowhere does not exist: give a folder"),
         ("--objective.weighting min_snr", "set objective.loss_space to x0"),
     ],
 )

@@ -293,6 +293,7 @@ def test_a_value_behind_the_name_of_a_codec(ditkit: Command, tmp_path: Path) -> 
         ("pca:wide", "codec/pca.factor must be int, not 'wide'"),
         ("pcb:2", "unknown codec 'pcb': did you mean pca?"),
         ("autoencoder:", "needs its path: write autoencoder:PATH"),
+        ("latents", "what `ditkit prepare` writes, and come with --data prepared:FOLDER"),
     ):
         done = ditkit("train", "digits", "--codec", codec, *flags, "x")
         assert done.returncode != 0

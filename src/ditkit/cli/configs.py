@@ -32,7 +32,8 @@ def named(kind: str, text: str) -> Any:
     if missing == [field]:
         raise DitkitError(f"the {kind} {name} needs its {field}: write {name}:{field.upper()}")
     if missing:
-        raise DitkitError(f"{kind} {name!r} needs more than its name (images: train folder:PATH)")
+        instead = getattr(cls, "instead", f"it needs its {' and '.join(missing)}, which the command line cannot say")
+        raise DitkitError(f"the {kind} {name} is not chosen by its name alone: {instead}")
     return from_json({"type": f"{kind}/{name}", **fields}, "the command line")
 
 

@@ -54,7 +54,7 @@ class Codec(Protocol):
     A codec is a frozen configuration. One that learns, of the data or elsewhere, has it in a field made by
     `config.learned()`; every checkpoint stores its `state()`, and whoever reads a run gets the codec back by
     `loaded(state)`. A configuration may say in the class variable `positional` which field VALUE sets in the words
-    `--codec NAME:VALUE`.
+    `--codec NAME:VALUE`, and in `instead` what to give where there are no such words for it.
     """
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from jaxtyping import Float, Shaped
 from torch import Tensor
@@ -25,6 +25,7 @@ class Latents:
     Bytes are data before it was encoded, such as the known part of an image, and are encoded.
     """
 
+    instead: ClassVar[str] = "its latents are what `ditkit prepare` writes, and come with --data prepared:FOLDER"
     inner: Any
     """The codec that made the latents."""
     sample: tuple[int, ...]
