@@ -520,6 +520,36 @@ def words() -> list[str]:
     return ["--train.steps", "2", "--train.batch", "4", "--sample.steps", "2", "--train.sample-every", "0", "--quiet"]
 
 
+@pytest.mark.parametrize(
+    ("recipe", "codec", "says"),
+    [
+        ("digits", "--codec pixels", "has a codec of its own, pca, and --codec asks for pixels: leave out --codec"),
+        ("digits", "--codec=pixels", "has a codec of its own, pca, and --codec asks for pixels: leave out --codec"),
+        ("digits", "--codec pca:2", "prepared with another codec: codec.channels is 16, not 8; leave out --codec"),
+        ("emoji_latents", "--codec.channels 5", "prepared with another codec: codec.channels is 5, not 8"),
+        ("digits", "--codec latents", "come with --data prepared:FOLDER"),
+    ],
+)
+def test_another_codec_beside_shards_is_not_replaced_silently(
+    recipe: str, codec: str, says: str, in_components: Recipe, ditkit: Command, tmp_path: Path
+) -> None:
+    prepare(in_components, tmp_path / "shards", quiet=True)
+    done = ditkit("train", recipe, "--data", "prepared:shards", *codec.split(), "--out", "run", "--quiet")
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_codec_of_shards_may_be_said_beside_them(
+    in_components: Recipe, ditkit: Command, words: list[str], tmp_path: Path
+) -> None:
+    prepare(in_components, tmp_path / "shards", quiet=True)
+    begin = ("train", "digits", "--data", "prepared:shards", "--codec", "pca:4", *words)
+    done = ditkit(*begin, "--codec.channels", "8", "--model.patch-size", "1", "--out", "run")
+    assert done.returncode == 0, done.stderr
+    assert Recipe.from_json((tmp_path / "run" / "recipe.json").read_text()).codec == Prepared("shards").codec()
+
+
 def test_the_command(ditkit: Command, words: list[str], tmp_path: Path) -> None:
     done = ditkit("prepare", "digits", "--codec", "pca:2", "--codec.channels", "4", "--out", "shards", "--quiet")
     assert done.returncode == 0, done.stderr

@@ -138,9 +138,28 @@ def override(recipe: Recipe, words: Sequence[str], prog: str) -> Recipe:
         if not stop.code:
             raise
         raise DitkitError(_one_line(said.getvalue())) from None
-    if isinstance(recipe.data, Prepared) and not _says(given, "--codec"):
-        recipe = replace(recipe, codec=recipe.data.codec())
+    if isinstance(recipe.data, Prepared):
+        recipe = replace(recipe, codec=_of_shards(recipe, given))
     return recipe if _says(given, "--model", "--model.patch-size") else _same_patches(before, recipe)
+
+
+def _of_shards(recipe: Recipe, given: Sequence[str]) -> Any:
+    """The codec of prepared data; one that was asked for beside it is left to be compared when the recipe is fitted.
+
+    Raises DitkitError for pixels where the shards hold none: in a recipe they stand for no codec being said.
+    """
+    from ..codecs import Pixels
+    from ..config import registered_as
+
+    own = recipe.data.codec()
+    if not any(re.match(r"--codec\b", word) for word in given):
+        return own
+    if isinstance(recipe.codec, Pixels) and not isinstance(own.inner, Pixels):
+        raise DitkitError(
+            f"{recipe.data.path} has a codec of its own, {registered_as(own.inner)[1]}, and --codec asks for pixels: "
+            "leave out --codec, or --data prepared"
+        )
+    return recipe.codec
 
 
 def _says(words: Sequence[str], *options: str) -> bool:
