@@ -13,12 +13,14 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ditkit.cli.configs import named
-from ditkit.codecs import Autoencoder, Characters, Codec, Pca, Pixels, TokenIds, Vectors
+from ditkit.cli.train import override
+from ditkit.codecs import Autoencoder, Characters, Codec, Latents, Pca, Pixels, TokenIds, Vectors
 from ditkit.config import DitkitError, from_json, to_json
 from ditkit.data import Dataset, Digits, InMemory
 from ditkit.models import JiTConfig
 from ditkit.pipeline import load
 from ditkit.recipe import Recipe
+from ditkit.recipes import find_recipe
 from ditkit.runs import Run, find_checkpoint
 from ditkit.training import train
 
@@ -278,6 +280,21 @@ def test_the_digits_in_their_components_on_the_command_line(ditkit: Command, tmp
     recipe = Run(tmp_path / "run").recipe()
     assert (recipe.codec, recipe.model.patch_size, recipe.model.shape) == (Pca(), 1, (16, 7, 7))
     assert ditkit("sample", "run", "--count", "2", "--out", "x.png").returncode == 0
+
+
+def test_patches_cover_as_many_pixels_with_another_codec_as_long_as_that_one_can_be_read() -> None:
+    digits = find_recipe("digits")
+    assert [codec.downsampling() for codec in (Pixels(), Pca(7), Autoencoder("no/where", factor=2))] == [1, 7, 2]
+    assert Latents(Pca(7), (1, 28, 28)).downsampling() == 7
+    latent = override(digits, ["--codec", "pca:2"], "train")
+    assert (digits.model.patch_size, latent.model.patch_size) == (4, 2)
+    elsewhere = replace(digits, codec=Autoencoder("no/where"))  # whose factor only its files say
+    assert override(elsewhere, ["--codec", "pca:2"], "train").model.patch_size == 4
+    for codec in ("autoencoder:no/where", "trained_autoencoder:nowhere"):
+        recipe = override(digits, ["--codec", codec], "train")
+        assert recipe.model.patch_size == 4
+        with pytest.raises(DitkitError, match=r"no.?where"):
+            recipe.fitted(recipe.data.open())
 
 
 def test_a_value_behind_the_name_of_a_codec(ditkit: Command, tmp_path: Path) -> None:

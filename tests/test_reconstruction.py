@@ -444,7 +444,7 @@ def test_latents_are_normalised_on_the_training_images_and_decoded_as_by_the_net
     assert len(real) == len(data.train)
     z = codec.encode(real)
     assert z.shape[1:] == codec.shape(data.shape) == (6, 4, 4)
-    assert codec.factor == 4
+    assert codec.downsampling() == 4
     assert_close(z.mean((0, 2, 3)), torch.zeros(6), atol=1e-5, rtol=0)
     assert_close(z.std((0, 2, 3), correction=0), torch.ones(6), atol=1e-5, rtol=0)
     found = open_run(done, device="cpu")
@@ -477,7 +477,7 @@ def test_a_run_that_uses_it_needs_nothing_else(done: Path, own: Recipe, ditkit: 
     recipe = Run("latent").recipe()
     assert recipe.model.shape == (6, 4, 4)
     assert recipe.codec.path == str(tmp_path / "autoencoder")
-    assert recipe.codec.factor == 4
+    assert recipe.codec.downsampling() == 4
     before = TrainedAutoencoder("autoencoder").fitted(own.data.open()).state()
     shutil.rmtree("autoencoder")
     samples = load("latent", device="cpu").sample(count=2)
@@ -511,8 +511,9 @@ def test_what_is_no_autoencoder_is_refused_in_one_line(done: Path, own: Recipe, 
         TrainedAutoencoder("")
     with pytest.raises(DitkitError, match="come to its first checkpoint"):
         TrainedAutoencoder(str(tmp_path)).fitted(data)
-    assert TrainedAutoencoder(str(tmp_path)).factor == 0
-    assert TrainedAutoencoder(str(done)).factor == 4
+    with pytest.raises(DitkitError, match="come to its first checkpoint"):
+        TrainedAutoencoder(str(tmp_path)).downsampling()
+    assert TrainedAutoencoder(str(done)).downsampling() == 4
     with pytest.raises(DitkitError, match="has not been fitted"):
         TrainedAutoencoder(str(done)).encode(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
     fitted = TrainedAutoencoder(str(done)).fitted(data)

@@ -167,10 +167,7 @@ def _says(words: Sequence[str], *options: str) -> bool:
 
 
 def _same_patches(before: Recipe, after: Recipe) -> Recipe:
-    """With another codec, the patches that cover as many pixels as before, if there are such.
-
-    A codec's `factor` is how many pixels are in one latent along a side, 1 without one, 0 where it cannot be read yet.
-    """
+    """With another codec, the patches that cover as many pixels as before, if there are such."""
     from dataclasses import replace
 
     from ..config import registered_as
@@ -178,10 +175,9 @@ def _same_patches(before: Recipe, after: Recipe) -> Recipe:
     patch = getattr(before.model, "patch_size", None)
     if registered_as(before.codec) == registered_as(after.codec) or not isinstance(patch, int):
         return after
-    # some codecs read from their files what they do not say themselves
-    codecs = (getattr(recipe.codec, "filled", lambda codec=recipe.codec: codec)() for recipe in (before, after))
-    old, new = (getattr(codec, "factor", 1) for codec in codecs)
-    if not old or not new:
+    try:
+        old, new = (recipe.codec.downsampling() for recipe in (before, after))
+    except DitkitError:  # the one that was chosen is read again when the recipe is fitted, the other need not be here
         return after
     pixels = patch * old
     if pixels % new or pixels == patch * new:

@@ -112,6 +112,11 @@ class Autoencoder(Stateless):
     def vocab(self) -> int:
         return 0
 
+    def downsampling(self) -> int:
+        factor = self.factor or self.filled().factor
+        assert factor is not None
+        return factor
+
     def filled(self) -> Self:
         """With what is None read from the autoencoder's files. Raises DitkitError if there is no such autoencoder."""
         if None not in (self.scale, self.shift, self.channels, self.factor, self.means):

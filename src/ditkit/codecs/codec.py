@@ -62,6 +62,11 @@ class Codec(Protocol):
         """How many different tokens there are; 0 where x0 is continuous."""
         ...
 
+    def downsampling(self) -> int:
+        """Pixels of an image in one latent, along a side; 1 where there is no such. Raises DitkitError where a file
+        says it that cannot be read."""
+        ...
+
     def encode(self, data: Shaped[Tensor, "b *sample"], rng: Draw | None = None) -> Shaped[Tensor, "b *shape"]: ...
 
     def decode(self, x0: Shaped[Tensor, "b *shape"]) -> Shaped[Tensor, "b *sample"]: ...
@@ -112,7 +117,10 @@ def draw(moments: Float[Tensor, "b m *shape"], rng: Draw | None) -> Float[Tensor
 
 
 class Stateless:
-    """What codecs have in common that learn nothing."""
+    """What codecs have in common that learn nothing, and that leave images their size if they do not say otherwise."""
+
+    def downsampling(self) -> int:
+        return 1
 
     def fitted(self, data: Samples) -> Self:
         return self

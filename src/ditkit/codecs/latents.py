@@ -40,10 +40,8 @@ class Latents:
     def vocab(self) -> int:
         return self.inner.vocab
 
-    @property
-    def factor(self) -> int:
-        """Pixels of an image in one latent, along a side."""
-        return getattr(self.inner, "factor", 1)
+    def downsampling(self) -> int:
+        return self.inner.downsampling()
 
     def shape(self, sample: tuple[int, ...]) -> tuple[int, ...]:
         """Raises DitkitError for what are neither such latents nor samples that could be encoded to them."""

@@ -55,6 +55,9 @@ class Pca:
     def vocab(self) -> int:
         return 0
 
+    def downsampling(self) -> int:
+        return self.factor
+
     def shape(self, sample: tuple[int, ...]) -> tuple[int, ...]:
         """Raises DitkitError for what is no image, is not tiled by the patches, or has other channels than those."""
         if len(sample) != 3 or sample[1] % self.factor or sample[2] % self.factor:

@@ -71,13 +71,8 @@ class TrainedAutoencoder:
     def vocab(self) -> int:
         return 0
 
-    @property
-    def factor(self) -> int:
-        """Pixels of an image in one latent, along a side; 0 where the file cannot be read, which `fitted` says."""
-        try:
-            return (self if self.network is not None else self._read())._config().factor
-        except DitkitError:
-            return 0
+    def downsampling(self) -> int:
+        return (self if self.network is not None else self._read())._config().factor
 
     def shape(self, sample: tuple[int, ...]) -> tuple[int, ...]:
         """Raises DitkitError for images of other channels, and for sizes that the factor does not tile."""
