@@ -170,3 +170,68 @@ def test_memory_and_time_are_measured_under_a_limit() -> None:
     with pytest.raises(DitkitError, match="needs more than the 64 MiB"):
         attention((1, 8, 4096, 32), training=False, limit=2**26, backend="math", calls=1)
     assert available() > 2**20
+
+
+MIB = 2**20
+UNLIMITED = 9223372036854771712  # how version 1 says that there is no limit
+
+
+def machine(root: Path, cgroup: str | None, files: dict[str, object]) -> Path:
+    """proc and sys of a machine with 4,000 MiB free."""
+    content: dict[str, object] = {"proc/meminfo": f"MemTotal: 9999999 kB\nMemAvailable: {4000 * 1024} kB", **files}
+    if cgroup is not None:
+        content["proc/self/cgroup"] = cgroup
+    for name, text in content.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"{text}\n")
+    return root
+
+
+def version_2(group: str, most: object, used: int, cache: int = 0) -> dict[str, object]:
+    folder = f"sys/fs/cgroup/{group}"
+    stat = f"anon {used - cache}\nfile {cache}\ninactive_file {cache}"
+    return {f"{folder}/memory.max": most, f"{folder}/memory.current": used, f"{folder}/memory.stat": stat}
+
+
+def version_1(group: str, most: int, used: int, cache: int = 0) -> dict[str, object]:
+    folder = f"sys/fs/cgroup/memory/{group}"
+    stat = f"cache {cache}\ninactive_file 0\ntotal_inactive_file {cache}"
+    return {
+        f"{folder}/memory.limit_in_bytes": most,
+        f"{folder}/memory.usage_in_bytes": used,
+        f"{folder}/memory.stat": stat,
+    }
+
+
+V1 = "5:devices:/\n4:cpu,memory:/docker/abc\n0::/"
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files", "mib"),
+    [
+        (None, {}, 4000),
+        ("0::/", {}, 4000),  # the root group has no limit, and no such files
+        ("0::/", version_2("", 1000 * MIB, 300 * MIB), 700),  # a container that sees its own group as the root
+        ("0::/", version_2("", 1000 * MIB, 900 * MIB, cache=500 * MIB), 600),
+        ("0::/", version_2("", 9000 * MIB, 300 * MIB), 4000),  # no more than the machine has
+        ("0::/", version_2("", 1000 * MIB, 1001 * MIB), 0),
+        ("0::/", version_2("", "max", 300 * MIB), 4000),
+        ("0::/job/step", version_2("job/step", "max", 1) | version_2("job", 800 * MIB, 300 * MIB), 500),
+        ("0::/job/step", version_2("job/step", 700 * MIB, 300 * MIB) | version_2("job", 800 * MIB, 300 * MIB), 400),
+        ("0::/host/only", version_2("", 800 * MIB, 300 * MIB), 500),  # a path of the host, not visible here
+        ("0::/other", version_2("job", 800 * MIB, 300 * MIB), 4000),  # the limit of others
+        (V1, version_1("docker/abc", 600 * MIB, 200 * MIB), 400),
+        (V1, version_1("", 600 * MIB, 200 * MIB, cache=100 * MIB), 500),  # a container's mount of its own group
+        (V1, version_1("docker/abc", UNLIMITED, 200 * MIB), 4000),
+        (V1, version_1("", UNLIMITED, 1) | version_1("docker", 500 * MIB, 200 * MIB), 300),
+    ],
+)
+def test_the_limit_of_a_container_counts(
+    cgroup: str | None, files: dict[str, object], mib: int, tmp_path: Path
+) -> None:
+    assert available(machine(tmp_path, cgroup, files)) == mib * MIB
+
+
+def test_a_system_that_does_not_say_what_is_free_is_told(tmp_path: Path) -> None:
+    with pytest.raises(DitkitError, match="does not say how much memory is free"):
+        available(tmp_path)

@@ -12,10 +12,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,13 +42,46 @@ class Taken:
     bytes: int
 
 
-def available() -> int:
-    """Bytes of memory that are free for a new process. Raises DitkitError where the system does not say."""
+def available(root: Path = Path("/")) -> int:
+    """Bytes of memory that are free for a new process: of the machine, or of the control groups that this process is
+    in (a container's limit, version 1 or 2), whichever are fewer.
+
+    root: where proc and sys are. Raises DitkitError where the system does not say.
+    """
     try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
+        lines = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError, IndexError):
         raise DitkitError("this system does not say how much memory is free (/proc/meminfo)") from None
+    return min([free, *_left_in_groups(root)])
+
+
+def _left_in_groups(root: Path) -> Iterator[int]:
+    """What the limit of each control group leaves, of this process and of the groups around it, where there is one."""
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for group in groups:
+        _, controllers, path = group.split(":", 2)  # 0::/a/b, or 4:memory:/a/b (man 7 cgroups)
+        if not controllers:
+            mount, limit, used, cache = "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            mount, limit, used = "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_inactive_file"
+        else:
+            continue
+        # inside a container the path may be the host's, of which only the end of the way up is there
+        for folder in (inner := PurePosixPath(path.lstrip("/")), *inner.parents):
+            here = root / mount / folder
+            try:
+                most, taken = ((here / name).read_text().strip() for name in (limit, used))
+                rows = dict(line.split(" ", 1) for line in (here / "memory.stat").read_text().splitlines())
+                if most != "max":
+                    # files in the cache count as used and are let go of when memory is needed
+                    yield max(0, int(most) - int(taken) + int(rows.get(cache, 0)))
+            except (OSError, ValueError):  # a group without a limit has no such files
+                continue
 
 
 def network(
