@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from ditkit.recipe import Recipe
 from ditkit.recipes import find_recipe
 from ditkit.runs import Run
 
-from .conftest import randomise
+from .conftest import randomise, tiny_autoencoder
 
 PLACES = (0, 3)
 
@@ -125,8 +126,13 @@ def test_parts_that_do_not_fit_are_one_line(
         assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("channels", "path"), [(4, "stabilityai/sd-vae-ft-mse"), (16, "./vae")])
-def test_a_model_without_its_autoencoder_is_not_given_another_ones(channels: int, path: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("channels", "path"), [(4, "stabilityai/sd-vae-ft-mse"), (16, "")])
+def test_a_model_without_its_autoencoder_is_not_given_another_ones(
+    channels: int, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_autoencoder(tmp_path / "here" / "vae")  # of something else, in the folder where one happens to be
+    shutil.copyfile(tmp_path / "here" / "vae" / "config.json", tmp_path / "here" / "config.json")
+    monkeypatch.chdir(tmp_path / "here")
     recipe = find_recipe("z_image_tiny")
     model = replace(recipe.model, in_channels=channels)
     save(Z_IMAGE, model.build(), recipe.denoiser, tmp_path / "model.safetensors")
@@ -134,7 +140,8 @@ def test_a_model_without_its_autoencoder_is_not_given_another_ones(channels: int
     assert run.recipe().codec.path == path
     own = "have 16 channels and are not Stable Diffusion's: to sample, give its own autoencoder" in "".join(lines)
     assert own == (channels == 16)
-    with pytest.raises(DitkitError, match="autoencoder"):
+    says = "no autoencoder is known.*--autoencoder FOLDER" if channels == 16 else "cannot load the autoencoder stab"
+    with pytest.raises(DitkitError, match=says):
         run.recipe().codec.decode(torch.zeros(1, channels, 4, 4))
 
 

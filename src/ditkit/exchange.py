@@ -44,7 +44,6 @@ from .runs import Checkpoint, Run, find_run
 __all__ = ["export_run", "import_file", "imported", "new_run", "write_run"]
 
 _TABLE = "y_embedder.embedding_table.weight"
-_OWN = "./vae"
 """Stands for an autoencoder that did not come with a model."""
 
 
@@ -124,7 +123,7 @@ def _said(found: Found, codec: Any) -> list[str]:
         takes = f"input {config.length} tokens of {config.vocab} kinds"
         means = f"means tokens on {meaning.path}, clock {meaning.clock}"
     else:
-        kind = "pixels" if isinstance(codec, Pixels) else f"latents of {codec.path}"
+        kind = "pixels" if isinstance(codec, Pixels) else f"latents of {codec.path or 'an autoencoder'}"
         number = getattr(config, "num_classes", 0)
         takes = f"input {' x '.join(map(str, config.shape))} ({kind}), {number or 'no'} classes"
         means = f"means {meaning.prediction} on {meaning.path}, clock {meaning.clock}, t_eps {meaning.t_eps:g}"
@@ -139,7 +138,7 @@ def _said(found: Found, codec: Any) -> list[str]:
         lines.append(f"the file also holds {', '.join(g for g in found.source.groups if g != found.group)}: --weights")
     if found.alike:
         lines.append(f"{' and '.join(found.alike)} has the same names and shapes: if it is that, say --as")
-    if isinstance(codec, Autoencoder) and codec.path == _OWN:
+    if isinstance(codec, Autoencoder) and not codec.path:
         lines.append(
             f"its latents have {codec.channels} channels and are not Stable Diffusion's: to sample, give its own "
             "autoencoder, the folder vae of its pipeline, with --autoencoder"
@@ -180,7 +179,7 @@ def _codec(found: Found, autoencoder: str | None) -> Any:
     inside = None if found.source.folder is None else found.source.folder / "vae"
     if autoencoder is None and (inside is None or not inside.is_dir()):
         if channels != 4:
-            return Autoencoder(_OWN, channels=channels)
+            return Autoencoder("", channels=channels)
         return Autoencoder(scale=0.18215, shift=0.0, channels=channels, factor=8, means=(), stds=())
     folder = Path(autoencoder).expanduser() if autoencoder is not None else inside
     assert folder is not None

@@ -64,7 +64,8 @@ class Autoencoder(Stateless):
 
     positional: ClassVar[str] = "path"
     path: str = "stabilityai/sd-vae-ft-mse"
-    """A folder of diffusers (config.json beside the weights), or a name on the hub."""
+    """A folder of diffusers (config.json beside the weights), or a name on the hub; empty where none was given for
+    imported weights."""
     download: bool = False
     """Let diffusers fetch a hub name that is not in its cache yet."""
     scale: float | None = None
@@ -84,7 +85,8 @@ class Autoencoder(Stateless):
 
     def __post_init__(self) -> None:
         folder = os.path.abspath(os.path.expanduser(self.path))
-        if os.path.isfile(os.path.join(folder, "config.json")):  # the same from wherever a run is continued
+        # the same from wherever a run is continued
+        if self.path and os.path.isfile(os.path.join(folder, "config.json")):
             object.__setattr__(self, "path", folder)
         given = [v for v in (self.channels, self.factor) if v is not None]
         if (given and min(given) < 1) or (self.scale is not None and not self.scale > 0):
@@ -246,6 +248,11 @@ def _statistics(path: str, download: bool) -> dict[str, Any]:
 
 def _class(path: str, download: bool) -> tuple[_Class, dict[str, Any]]:
     """The class of an autoencoder and its config.json. Raises DitkitError for a path that holds none that is known."""
+    if not path:
+        raise DitkitError(
+            "no autoencoder is known for these latents: import the weights again with `ditkit import FILE "
+            "--autoencoder FOLDER`, the folder vae of the pipeline that they are of"
+        )
     folder = Path(path).expanduser()
     if any((folder / name).exists() for name in ("recipe.json", "state.json")):
         raise DitkitError(
