@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,22 @@ def test_it_is_a_codec_and_survives_json(codec: Autoencoder) -> None:
     assert codec.state() == {}
     assert codec.loaded({}) == codec
     assert codec.vocab == 0
+
+
+def test_a_file_that_is_older_than_statistics_has_none(folder: Path, tmp_path: Path, images: torch.Tensor) -> None:
+    said = to_json(Autoencoder(str(folder), scale=0.7, shift=0.3, channels=4, factor=2, means=(), stds=()))
+    old = {name: said[name] for name in ("type", "path", "download", "scale", "shift", "channels", "factor", "sample")}
+    codec = from_json(old)
+    assert to_json(codec) == said
+    assert codec.filled() == codec  # so that a run of it goes on
+    shutil.copytree(folder, tmp_path / "vae")
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    statistics = {"latents_mean": [0.5] * 4, "latents_std": [2.0] * 4}
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config | statistics))
+    moved = from_json({**old, "path": str(tmp_path / "vae")})
+    assert torch.equal(moved.encode(images), codec.encode(images))  # as its network has learned them
+    assert Autoencoder.of(tmp_path / "vae").means == (0.5,) * 4
+    assert from_json({"type": "codec/autoencoder", "path": str(tmp_path / "vae")}).filled().means == (0.5,) * 4
 
 
 def test_latents_and_images_are_those_of_diffusers(codec: Autoencoder, folder: Path, images: torch.Tensor) -> None:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import types
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints, runtime_checkable
 
 __all__ = [
     "DitkitError",
@@ -142,8 +142,19 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, (int, float) if hint is float else hint)
 
 
+@runtime_checkable
+class Older(Protocol):
+    """A configuration for which an absent field of an older file does not mean its default."""
+
+    @classmethod
+    def older(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of a file with those that it was written before."""
+        ...
+
+
 def from_json(value: Any, where: str = "configuration") -> Any:
-    """The configuration that a JSON value describes; lists become tuples, absent fields take their defaults.
+    """The configuration that a JSON value describes; lists become tuples, absent fields take their defaults, or what
+    its class calls `older`.
 
     Raises DitkitError for an unknown type or field and for a value of the wrong type; `where` names the source.
     """
@@ -170,6 +181,8 @@ def from_json(value: Any, where: str = "configuration") -> Any:
             hint = hints[key]
             wanted = hint.__name__ if isinstance(hint, type) else str(hint)
             raise DitkitError(f"{where}: {kind}/{name}.{key} must be {wanted}, not {raw!r}")
+    if issubclass(cls, Older):
+        fields = cls.older(fields)
     try:
         return cls(**fields)
     except (TypeError, ValueError) as error:

@@ -106,6 +106,13 @@ class Autoencoder(Stateless):
             raise DitkitError(f"a shift of {self.shift} beside means of the channels shifts twice: set codec.shift 0")
 
     @classmethod
+    def older(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Before there were statistics of channels, a run said its scale and shift, and they were all."""
+        if fields.get("scale") is not None and not {"means", "stds"} & fields.keys():
+            return {**fields, "means": (), "stds": ()}
+        return dict(fields)
+
+    @classmethod
     def of(cls, path: str | Path, **fields: Any) -> Self:
         """The codec of a folder or a hub name with all that its files say. Raises DitkitError if it cannot be had."""
         return cls(str(path), **fields).filled()
