@@ -17,8 +17,10 @@ from ditkit.data import Digits
 from ditkit.models import DiTConfig
 from ditkit.plan import gmacs
 from ditkit.rng import Rng
+from ditkit.runs import Checkpoint
 from ditkit.studies import Finding, Results, compare, find_study, write_report
 from ditkit.studies.laws import power_law, power_laws
+from ditkit.training import train
 
 from .test_studies import shrunk
 
@@ -165,3 +167,22 @@ def test_the_studies_run_and_write_their_reports(
     text = (tmp_path / "report.md").read_text()
     assert ("GMACs^(" in text) == (name == "scaling")
     assert ("pass through the codec" in text) == (name == "spaces")
+
+
+@pytest.mark.parametrize(("name", "cell"), [("scaling", "s-7"), ("spaces", "latent-x0")])
+def test_a_run_is_read_once_to_be_measured(
+    name: str, cell: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = shrunk(find_study(name))
+    chosen = next(c for c in study.cells if c.name == cell)
+    assert train(chosen.recipe, tmp_path / "run", quiet=True)
+    read, tensors = [], Checkpoint.tensors
+
+    def counted(self: Checkpoint, group: str) -> dict[str, torch.Tensor]:
+        read.append(group)
+        return tensors(self, group)
+
+    monkeypatch.setattr(Checkpoint, "tensors", counted)
+    found = study.measure(tmp_path / "run", chosen, 0)
+    assert found.numbers["kid"] > 0
+    assert len([group for group in read if group.startswith(("ema", "std", "model"))]) == 1

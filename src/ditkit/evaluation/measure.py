@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ..config import DitkitError, near, to_json
 from ..data import Dataset, Prepared, Split, strings
 from ..models import ControlConfig
-from ..pipeline import Pipeline, load, open_run
+from ..pipeline import Pipeline, open_run
 from ..recipe import Gate, Sample
 from ..reconstructions import Reconstructions
 from ..report import provenance
@@ -302,13 +302,12 @@ def _mean(values: Sequence[float]) -> Estimate:
     return ratio(torch.tensor(values, dtype=torch.float64), torch.ones(len(values), dtype=torch.float64))
 
 
-def measure_kid(path: str | Path, *, seed: int = 0, device: str = "auto", **settings: Any) -> Measurement:
+def measure_kid(pipeline: Pipeline, *, seed: int = 0, **settings: Any) -> Measurement:
     """The kernel distance alone, with the run's own settings or others: what a comparison of many runs needs.
 
     settings: fields of `Sample`. The reference is read and looked at once in a process. Raises DitkitError as
     `evaluate`.
     """
-    pipeline = load(path, device=device)
     size, count = pipeline.recipe.evaluate.size, pipeline.recipe.evaluate.samples
     features, reference, source = heldout_features(original(pipeline.recipe.data), size, str(pipeline.device))
     labels = pipeline.labels(None, count)

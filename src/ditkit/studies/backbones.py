@@ -163,14 +163,14 @@ def _full() -> tuple[Cell, ...]:
 
 
 def _measure(folder: Path, cell: Cell, seed: int) -> Finding:
-    device = cell.recipe.train.device
     numbers: dict[str, float] = {}
-    found = None
-    for path in Run(folder).checkpoints():
-        found = measure_kid(path, seed=seed, device=device)
+    pipeline = found = None
+    for path in Run(folder).checkpoints():  # the newest one is the last
+        pipeline = load(path, device=cell.recipe.train.device)
+        found = measure_kid(pipeline, seed=seed)
         numbers[f"kid_at_{step_of(path)}"] = found.numbers["kid"] or 0.0
+    assert pipeline is not None
     assert found is not None
-    pipeline = load(folder, device=device)
     model, train = pipeline.recipe.model, pipeline.recipe.train
     per_sample = gmacs(model, model.shape)
     numbers |= {name: value for name, value in found.numbers.items() if value is not None}

@@ -14,9 +14,8 @@ __all__ = ["measure_network"]
 
 def measure_network(folder: Path, cell: Cell, seed: int) -> Finding:
     """KID, held-out loss, GMACs and trained parameters of a run, with its samples: what networks are compared by."""
-    device = cell.recipe.train.device
-    found = measure_kid(folder, seed=seed, device=device)
-    pipeline = load(folder, device=device)
+    pipeline = load(folder, device=cell.recipe.train.device)
+    found = measure_kid(pipeline, seed=seed)
     model = pipeline.recipe.model
     numbers = {
         **{k: v for k, v in found.numbers.items() if v is not None},

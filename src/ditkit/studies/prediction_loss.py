@@ -19,6 +19,7 @@ from ..data import Digits, Folder
 from ..diffusion import Heun, Linear, LogitNormal, Meaning, Regression, reading
 from ..evaluation import measure_kid
 from ..models import DiTConfig, JiTConfig
+from ..pipeline import load
 from ..recipe import Evaluate, Recipe, Sample, Train
 from ..recipes.imagenet import IMAGES
 from ..recipes.jit import jit_b_16
@@ -129,7 +130,7 @@ def _name(patches: str, prediction: str, loss: str) -> str:
 
 
 def _measure(folder: Path, cell: Cell, seed: int) -> Finding:
-    found = measure_kid(folder, seed=seed, device=cell.recipe.train.device)
+    found = measure_kid(load(folder, device=cell.recipe.train.device), seed=seed)
     return Finding({k: v for k, v in found.numbers.items() if v is not None}, found.protocol, found.images)
 
 

@@ -159,7 +159,7 @@ def _exact(folder: Path, cell: Cell, seed: int) -> tuple[Noise, Tensor]:
 
 
 def _measure(folder: Path, cell: Cell, seed: int) -> Finding:
-    device, sample = cell.recipe.train.device, cell.recipe.sample
+    sample, pipeline = cell.recipe.sample, load(folder, device=cell.recipe.train.device)
     noise, exact = _exact(folder, cell, seed)
     numbers: dict[str, float] = {}
     protocol: dict[str, Any] = {}
@@ -170,7 +170,7 @@ def _measure(folder: Path, cell: Cell, seed: int) -> Finding:
         found = noise.drawn(sample.solver, noise.times(sample.grid, steps))
         numbers[f"rms_{budget}"] = float((found - exact).square().mean().sqrt())
         if budget in SEEN:
-            seen = measure_kid(folder, seed=seed, device=device, solver=sample.solver, grid=sample.grid, steps=steps)
+            seen = measure_kid(pipeline, seed=seed, solver=sample.solver, grid=sample.grid, steps=steps)
             numbers |= {f"{k.replace('kid', f'kid_{budget}')}": v for k, v in seen.numbers.items() if v is not None}
             protocol |= {k: v for k, v in seen.protocol.items() if k not in ("sampling", "dtype")}
     protocol |= {

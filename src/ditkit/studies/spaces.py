@@ -67,11 +67,11 @@ def _full(large: Recipe) -> dict[str, Recipe]:
 
 
 def _measure(folder: Path, cell: Cell, seed: int) -> Finding:
-    device = cell.recipe.train.device
-    found = measure_kid(folder, seed=seed, device=device)
+    pipeline = load(folder, device=cell.recipe.train.device)
+    found = measure_kid(pipeline, seed=seed)
     numbers = {k: v for k, v in found.numbers.items() if v is not None}
     if cell.name.startswith("latent"):
-        numbers["kid_codec"] = codec_kid(load(folder, device=device))
+        numbers["kid_codec"] = codec_kid(pipeline)
     return Finding(numbers, found.protocol, found.images)
 
 
