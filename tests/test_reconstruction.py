@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from torch.testing import assert_close
 
 from ditkit.codecs import Pca, TrainedAutoencoder, examples
 from ditkit.conditioning import Conditioning
-from ditkit.config import DitkitError, from_json, to_json
-from ditkit.data import Folder
+from ditkit.config import DitkitError, from_json, register, to_json
+from ditkit.data import Batch, Dataset, Folder
 from ditkit.diffusion import Autoencoding, Meaning, Reconstruction, Regression, VisionAlignment
 from ditkit.diffusion.reconstruction import perceptual_distance, shifted
 from ditkit.encoders import EfficientNet
@@ -32,7 +33,7 @@ from ditkit.pipeline import Pipeline, load, open_run
 from ditkit.recipe import Recipe, Train
 from ditkit.recipes import find_recipe
 from ditkit.reconstructions import Reconstructions
-from ditkit.rng import Replay, Rng
+from ditkit.rng import Draw, Replay, Rng
 from ditkit.runs import Run
 from ditkit.training import Trainer, train
 
@@ -432,6 +433,51 @@ def test_the_report_is_written(done: Path, ditkit: Command) -> None:
     report = json.loads((done / "report.json").read_text())
     assert report["psnr"] > 0
     assert "through the autoencoder" in (done / "report.html").read_text()
+
+
+WATCHED: list[tuple[bool, int]] = []
+"""Of each batch that was read of the training images: whether it was augmented, as for training, and its size."""
+
+
+@dataclass(frozen=True)
+class Watched:
+    split: Any
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def batch(self, indices: Tensor, rng: Draw | None = None) -> Batch:
+        WATCHED.append((rng is not None, len(indices)))
+        return self.split.batch(indices, rng)
+
+
+@register("data", "test_watched")
+@dataclass(frozen=True)
+class WatchedFolder:
+    path: str
+
+    def open(self) -> Dataset:
+        found = Folder(self.path, resolution=16, holdout=0.5).open()
+        return replace(found, train=Watched(found.train))
+
+
+def test_a_run_that_goes_on_has_its_components_and_does_not_look_for_them_again(own: Recipe, tmp_path: Path) -> None:
+    watched = with_train(replace(own, data=WatchedFolder(own.data.path)), sample_every=0)
+
+    def before_training() -> list[int]:
+        """Sizes of the batches that were read until training began, and forgets all."""
+        sizes = [size for _, size in takewhile(lambda batch: not batch[0], WATCHED)]
+        WATCHED.clear()
+        return sizes
+
+    WATCHED.clear()
+    assert train(watched, tmp_path / "whole", quiet=True)
+    assert max(before_training()) > 2  # the components are found
+    assert train(with_train(watched, steps=3), tmp_path / "parts", quiet=True)
+    assert max(before_training()) > 2
+    assert train(watched, tmp_path / "parts", quiet=True)
+    assert before_training() == [2]  # the rehearsal
+    assert_same(Run(tmp_path / "whole"), Run(tmp_path / "parts"))
 
 
 # ------------------------------------------------------------------------------------------------------------ the codec

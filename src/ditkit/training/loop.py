@@ -73,8 +73,6 @@ def train(recipe: Recipe, folder: str | Path, *, init: str | Path | None = None,
         raise DitkitError(
             f"{run.folder} began from {begun.get('init', 'no weights')}: leave out --init to go on with it"
         )
-    trainer = Trainer(recipe, data)
-    report = trainer.begin(start) if start is not None else {}
     if checkpoint is not None:
         if checkpoint.state.get("data") != data.source:
             raise DitkitError(
@@ -85,7 +83,8 @@ def train(recipe: Recipe, folder: str | Path, *, init: str | Path | None = None,
             raise DitkitError(
                 f"{run.folder} has been trained for {checkpoint.step} steps already: give more in --train.steps"
             )
-        trainer.restore(checkpoint)
+    trainer = Trainer(recipe, data, checkpoint)
+    report = trainer.begin(start) if start is not None else {}
     with run.locked():
         if start is not None:  # the checkpoint before the recipe: a run without one would begin from nothing
             checkpoint = Checkpoint(trainer.save(run))
@@ -99,14 +98,18 @@ def train(recipe: Recipe, folder: str | Path, *, init: str | Path | None = None,
 class Trainer:
     """Model, optimiser and averages, and one optimiser step of them."""
 
-    def __init__(self, recipe: Recipe, data: Dataset):
-        """Raises DitkitError for a combination that cannot work."""
+    def __init__(self, recipe: Recipe, data: Dataset, checkpoint: Checkpoint | None = None):
+        """Before its first step, or as it was at a checkpoint.
+
+        Raises DitkitError for a combination that cannot work, and for a checkpoint that is damaged or of another model.
+        """
         settings = recipe.train
         self.recipe, self.data, self.settings = recipe, data, settings
         self.device = device_of(settings.device)
         with torch.device(self.device):
             self.model: Model = recipe.model.build(recipe.seed)
-        self.model.meet(recipe.codec.encode(part.to(self.device)) for part in examples(data.train))
+        if checkpoint is None:  # what a checkpoint holds has met them
+            self.model.meet(recipe.codec.encode(part.to(self.device)) for part in examples(data.train))
         self.model.train()
         self.denoiser: Denoiser = recipe.denoiser.of(self.model)
         recipe.objective.check(self.denoiser)
@@ -130,6 +133,8 @@ class Trainer:
                 for block in self.model.get_submodule(name).children():
                     block.compile()
         self.log_state: dict[str, Any] = {"sums": {}, "count": 0, "seconds": 0.0}
+        if checkpoint is not None:
+            self._restore(checkpoint)
 
     @torch.no_grad()
     def _rehearse(self) -> None:
@@ -273,7 +278,7 @@ class Trainer:
         groups |= self.codec()
         run.save(self.step, to_json(self.recipe), groups, {"log": {}}, where="snapshots")
 
-    def restore(self, checkpoint: Checkpoint) -> None:
+    def _restore(self, checkpoint: Checkpoint) -> None:
         """Become what the checkpoint was. Raises DitkitError if it is damaged or of another model."""
         self.model.load_state_dict(checkpoint.tensors("model"))
         for name in self.averages.names:
