@@ -15,7 +15,7 @@ from ditkit.data import Digits
 from ditkit.plan import gmacs
 from ditkit.recipe import Monitor
 from ditkit.studies import Finding, Results, Study, compare, find_study, read_results, write_report
-from ditkit.studies.memorization import CLASSIFIER, MODEL, SNAPSHOTS, dense, times_of
+from ditkit.studies.memorization import CLASSIFIER, MODEL, SNAPSHOTS, STEPS, dense, times_of
 
 from .test_studies import shrunk
 
@@ -24,24 +24,24 @@ def test_the_design_is_a_sweep_over_n_and_one_over_w_of_networks_below_a_million
     study = find_study("memorization")
     cells = {c.name: c.recipe for c in study.cells}
     assert [(r.data.count, r.model.hidden_size) for r in cells.values()] == [
-        (256, 128),
-        (512, 128),
-        (1024, 128),
-        (512, 64),
-        (512, 192),
+        (256, 120),
+        (512, 120),
+        (1024, 120),
+        (512, 60),
+        (512, 84),
     ]
     assert len(study.seeds) >= 2
     for name, recipe in cells.items():
         train = recipe.train
         assert train.steps == SNAPSHOTS * train.snapshot_every
         assert train.cooldown == 0
-        assert train.steps / (recipe.data.count / recipe.model.hidden_size) == pytest.approx(18 * 128, rel=0.02), name
+        assert train.steps == pytest.approx(STEPS[recipe.data.count] * 120 / recipe.model.hidden_size, rel=0.02), name
         same = replace(cells["n512"], data=recipe.data, model=recipe.model, train=train)
         assert same == recipe, name
         length = {"steps": 1, "snapshot_every": 1, "checkpoint_every": 1}
         assert replace(train, **length) == replace(cells["n512"].train, **length)
-    widest = cells["w192"].model
-    assert gmacs(widest.fitted((1, 14, 14), 10, 0), (1, 14, 14)) <= 1e-3
+    largest = cells["n1024"].model
+    assert gmacs(largest.fitted((1, 14, 14), 10, 0), (1, 14, 14)) <= 1e-3
     full = find_study("memorization", "full")
     assert [c.name for c in full.cells] == ["n256", "n512", "n1024", "w128", "w512"]
 
@@ -104,7 +104,7 @@ def judged(**change: Any) -> list[bool | None]:
     for cell in study.cells:
         n, w = cell.recipe.data.count, cell.recipe.model.hidden_size
         numbers = {
-            "tau_mem_10": 1000.0 * n / w,
+            "tau_mem_2": 1000.0 * n / w,
             "tau_gen": 700.0,
             "tau_gen_kid": 900.0,
             "dense_copies": 100.0,
@@ -117,20 +117,20 @@ def judged(**change: Any) -> list[bool | None]:
             if where == cell.name:
                 numbers[what] = value
         for seed in study.seeds:
-            noisy = {k: v * (1 + 0.01 * seed) if k == "tau_mem_10" else v for k, v in numbers.items()}
+            noisy = {k: v * (1 + 0.01 * seed) if k == "tau_mem_2" else v for k, v in numbers.items()}
             found[cell.name, seed] = Finding(noisy, {})
     return [v.holds for v in replace(study, claims=study.claims[:-1]).verdicts(Results(study, found))]
 
 
 def test_the_claims_break_one_by_one() -> None:
     assert judged() == [True] * 6
-    assert judged(n256__tau_mem_10=4000.0, n1024__tau_mem_10=4000.0) == [False, True, True, True, True, True]
-    assert judged(w64__tau_mem_10=1000.0, w192__tau_mem_10=9000.0)[1] is False
+    assert judged(n256__tau_mem_2=4000.0, n1024__tau_mem_2=4000.0) == [False, True, True, True, True, True]
+    assert judged(w60__tau_mem_2=1000.0, w84__tau_mem_2=1000.0)[1] is False
     assert judged(n1024__tau_gen=1401.0) == [True, True, False, True, True, True]
     assert judged(n1024__tau_gen_kid=1801.0) == [True, True, True, False, True, True]
-    assert judged(w64__live_copies=118.0) == [True] * 6
-    assert judged(w64__live_copies=120.0) == [True, True, True, True, False, True]
-    assert judged(w64__live_copies=83.0) == [True, True, True, True, False, True]
+    assert judged(w60__live_copies=118.0) == [True] * 6
+    assert judged(w60__live_copies=120.0) == [True, True, True, True, False, True]
+    assert judged(w60__live_copies=83.0) == [True, True, True, True, False, True]
     assert judged(n512__lowest_f_mem=0.03) == [True, True, True, True, True, False]
     assert judged(n512__last_f_mem=0.2) == [True, True, True, True, True, False]
 
