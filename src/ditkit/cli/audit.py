@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..config import DitkitError
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
         pipeline = load(args.what, device=args.device)
         data, size = original(pipeline.recipe.data).open(), pipeline.recipe.evaluate.size
         found = audit(pipeline, data, size=size, **options, **settings)
+        found = replace(found, title=f"{args.what.resolve().name}, {found.title}")
         out = args.out or args.what / "audit"
     else:
         if args.train is None:

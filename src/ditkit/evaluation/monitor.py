@@ -105,9 +105,10 @@ class Observer:
         denoiser = pipeline.denoiser if plain else self.recipe.denoiser.of(pipeline.model)
         if allowed < _PATIENCE or not self._price(denoiser):
             return None
-        if draws and end - self.clock() < self._least(pipeline):
+        samples = self._least(pipeline) if draws else 0.0
+        if end - self.clock() < samples + _LEAST * self.prices.seconds["probe"]:
             return None
-        row = self._losses(denoiser, end, 0.35 if draws else 1.0)
+        row = self._losses(denoiser, end, samples, 0.35 if draws else 1.0)
         if row is None:
             return None
         found = Observation({"step": step, **row})
@@ -136,17 +137,17 @@ class Observer:
     # losses
 
     @torch.no_grad()
-    def _losses(self, denoiser: Any, end: float, part: float) -> dict[str, Any] | None:
+    def _losses(self, denoiser: Any, end: float, kept: float, part: float) -> dict[str, Any] | None:
         """Losses of training and held-out samples with the same times and noises, by level of noise.
 
-        They take a part of the time that is left, or what the fewest pairs need.
+        They take a part of the time that is left, and leave what is kept for samples; or what the fewest pairs need.
         """
         wanted = min(len(probes) for probes in self.probes)
         left = end - self.clock()
         least = min(_LEAST, wanted)
         if self.prices.room("probe", left) < least:
             return None
-        count = min(wanted, max(least, self.prices.room("probe", part * left)))
+        count = min(wanted, max(least, self.prices.room("probe", min(part * left, left - kept))))
         with self.prices.measure("probe", count):
             train, heldout, t = self._pairs(denoiser, count)
         order = torch.argsort(t, stable=True)
@@ -196,12 +197,12 @@ class Observer:
     # copies and quality
 
     def _least(self, pipeline: Pipeline | Reconstructions) -> float:
-        """Seconds of the smallest evaluation: the fewest probes, and samples."""
+        """Seconds of the fewest samples."""
         price = self.prices.seconds["probe"]
         steps = min(self.settings.steps, pipeline.recipe.sample.steps)
         # before any was drawn: a sample takes two passes a step, and a probe two draws in two splits
         guess = price / (2 * _DRAWS) * 2 * steps
-        return _LEAST * (price + self.prices.seconds.get("sample", guess))
+        return _LEAST * self.prices.seconds.get("sample", guess)
 
     def _vectors(self, ids: Int[Tensor, "b"]) -> tuple[Shaped[Tensor, "b *s"], Float[Tensor, "b d"]]:
         data = self.data.train.batch(ids).data

@@ -67,7 +67,7 @@ def watched(run: Run) -> Section | None:
         Line("training samples", steps, [row["train_loss"] for row in rows]),
         Line("held-out samples", steps, [row["heldout_loss"] for row in rows]),
     ]
-    loss = lines(losses, "step", "loss of the averaged weights, same times and noises", log_x=True, log_y=True)
+    loss = lines(losses, "step", "loss of the averaged weights", log_x=True, log_y=True)
     parts: list[str | Picture] = [*(f"{line[0].upper()}{line[1:]}." for line in said), spent]
     parts.append(Picture("monitor-loss.png", "losses of training and held-out samples over steps", loss))
     sampled = [row for row in rows if row.get("f_mem") is not None]

@@ -324,10 +324,10 @@ def _steps(trainer: Trainer, run: Run, saved: Checkpoint | None, quiet: bool) ->
                 kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
                 raise NotFinite(f"{error}; {kept}; try a lower --train.lr or --train.clip 1") from None
             log.step(trainer.step, settings.batch, {**terms, "grad_norm": norm}, lr=rate)
-            if watch.due(trainer.step):
+            done = trainer.step == settings.steps
+            if watch.due(trainer.step, done):
                 _look(trainer, watch, log)
             trainer.log_state = log.state
-            done = trainer.step == settings.steps
             # the sheet first: a kill in between then repeats both, and loses neither
             if settings.sample_every and (trainer.step % settings.sample_every == 0 or done):
                 _sheet(trainer, run)

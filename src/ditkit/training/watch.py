@@ -39,8 +39,9 @@ class Watch:
         self.seconds = float(self.rows[-1]["seconds"]) if self.rows else 0.0
         self.said: set[str] = set()
 
-    def due(self, step: int) -> bool:
-        return self.settings.budget > 0 and self.settings.due(step)
+    def due(self, step: int, done: bool = False) -> bool:
+        """Whether to look after this step; in the end there is always a look, if there is time for one."""
+        return self.settings.budget > 0 and (done or self.settings.due(step))
 
     def look(self, pipeline: Pipeline | Reconstructions, step: int, elapsed: float) -> list[str]:
         """Look at the network after a step; what is new is said. elapsed: seconds of training and monitor together."""
