@@ -15,7 +15,8 @@ from ditkit.data import Digits
 from ditkit.plan import gmacs
 from ditkit.recipe import Monitor
 from ditkit.studies import Finding, Results, Study, compare, find_study, read_results, write_report
-from ditkit.studies.memorization import CLASSIFIER, MODEL, SNAPSHOTS, STEPS, dense, times_of
+from ditkit.studies.copies import CLASSIFIER, dense, times_of
+from ditkit.studies.memorization import MODEL, SNAPSHOTS, STEPS
 
 from .test_studies import shrunk
 
