@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ditkit.models import DiTConfig
+from ditkit.report import Table
 from ditkit.studies import Finding, Results, compare, find_study, write_report
 from ditkit.studies.resolution import RESOLUTIONS, WAYS, matrices
 
@@ -31,6 +32,7 @@ def test_what_fits_is_measured_and_what_does_not_is_planned(tmp_path: Path) -> N
     assert numbers["attention_planned_mib"] > 2**20
     assert "attention_mib" not in numbers
     assert "flash instead of math" in protocol["math-1024 attention"]
+    assert "smaller batch" not in protocol["math-1024 attention"]  # it is one image already
 
 
 @pytest.mark.slow
@@ -73,3 +75,22 @@ def test_the_square_law_fills_what_was_not_measured(tmp_path: Path) -> None:
     table = study.present(Results(study, found))[0].parts[0]
     last = str(table.rows[-1][2])  # type: ignore[union-attr]
     assert last == "32 (by the square law)"  # 16,384 tokens: 4 times as many
+
+
+def test_the_report_says_why_what_was_not_measured_was_not_and_where_the_square_begins(tmp_path: Path) -> None:
+    study = find_study("resolution")
+    study = replace(study, cells=tuple(c for c in study.cells if c.name in ("math-32", "math-64", "math-128")))
+    found = {}
+    for cell, seconds in zip(study.cells, (0.001, 0.004, 0.064), strict=True):  # tokens 16, 64, 256: powers 1 and 2
+        numbers = {"tokens": float(cell.recipe.model.length), "attention_seconds": seconds, "attention_mib": 2.0}
+        found[cell.name, 0] = Finding(numbers, {})
+    found["math-64", 0] = replace(found["math-64", 0], protocol={"math-64 training": "not measured: too much; do less"})
+    parts = {section.title: section.parts for section in study.present(Results(study, found))}
+    assert "math-64 was not measured: too much; do less." in parts["A step of training"]
+    assert not [part for part in parts["A step of sampling"] if isinstance(part, str)]
+    times = next(p for p in parts["Where the square begins to count"] if isinstance(p, Table))
+    column = times.head.index("attention, math")
+    assert [(row[0], str(row[column])) for row in times.rows] == [("16 to 64", "1"), ("64 to 256", "2")]
+    assert "one image at a time" in str(parts["What was measured"][0])
+    milliseconds = next(p for p in parts["Attention alone"] if isinstance(p, Table))
+    assert [str(row[milliseconds.head.index("math: ms")]) for row in milliseconds.rows] == ["1", "4", "64"]

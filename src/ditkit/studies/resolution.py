@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +94,14 @@ def _measure(folder: Path, cell: Cell, seed: int) -> Finding:
             taken = _taken(model, way, work, room)
             numbers |= {f"{work}_seconds": taken.seconds, f"{work}_mib": taken.bytes / 2**20}
         except DitkitError as error:
-            advice = "flash instead of math, larger patches or latents, or a smaller batch"
-            protocol[f"{cell.name} {work}"] = f"not measured: {error}; what helps: {advice}"
+            advice = "flash instead of math, larger patches, latents, or more memory"
+            protocol[_unmeasured(cell.name, work)] = f"not measured: {error}; what helps: {advice}"
     return Finding(numbers, protocol)
+
+
+def _unmeasured(name: str, work: str) -> str:
+    """The key of the protocol that says why something was not measured."""
+    return f"{name} {work}"
 
 
 def _known(results: Results, way: str, number: str) -> dict[float, float]:
@@ -112,8 +119,12 @@ def _slope(results: Results, way: str, number: str) -> float:
     known = sorted(_known(results, way, number).items())
     if len(known) < 2:
         raise Missing(f"{number} of {way} was measured at fewer than two sizes")
-    (n, a), (m, b) = known[-2:]
-    return math.log(b / a) / math.log(m / n)
+    return _power(*known[-2:])
+
+
+def _power(one: tuple[float, float], two: tuple[float, float]) -> float:
+    """The power of the number of tokens with which something grows between two sizes, each (tokens, value)."""
+    return math.log(two[1] / one[1]) / math.log(two[0] / one[0])
 
 
 def _claims() -> tuple[Claim, ...]:
@@ -148,7 +159,39 @@ def _law(results: Results, way: str, number: str, tokens: float) -> Value:
 
 
 def _present(results: Results) -> tuple[Section, ...]:
-    return tuple(_section(results, work) for work in WORKS)
+    model = results.study.cells[0].recipe.model
+    said = (
+        f"A DiT of width {model.hidden_size}, {model.depth} blocks and {model.num_heads} heads, with patches of "
+        f"{model.patch_size} x {model.patch_size} pixels: one image at a time, in float32, random weights.",
+        "math: the matrix of attention is in memory. flash: it never is, whole.",
+        "MiB: the most memory that was held at once, beyond what the process had before; at the smallest sizes it is "
+        "what torch itself keeps. Planned: by shapes alone, before anything is begun. By the square law: from the "
+        "largest size that was measured.",
+    )
+    return Section("What was measured", said), *(_section(results, work) for work in WORKS), _growth(results)
+
+
+def _growth(results: Results) -> Section:
+    """Where the square begins to count: powers between one size and the next."""
+    parts: list[str | Table] = [
+        "The power of the number of tokens with which each grows from one size to the next: 1 is in proportion, 2 is "
+        "the square."
+    ]
+    for title, unit in (("time", "seconds"), ("memory", "mib")):
+        known = {f"{work}, {way}": _known(results, way, f"{work}_{unit}") for work in WORKS for way in WAYS}
+        sizes = sorted({tokens for found in known.values() for tokens in found})
+        rows = tuple(
+            (
+                f"{few:,.0f} to {many:,.0f}",
+                *(
+                    Value(round(_power((few, v[few]), (many, v[many])), 2) if {few, many} <= v.keys() else None)
+                    for v in known.values()
+                ),
+            )
+            for few, many in pairwise(sizes)
+        )
+        parts.append(Table((f"{title}: tokens", *known), rows))
+    return Section("Where the square begins to count", tuple(parts))
 
 
 def _section(results: Results, work: str) -> Section:
@@ -161,10 +204,15 @@ def _section(results: Results, work: str) -> Section:
         for way in WAYS:
             name = _name(pixels, way)
             measured, planned = (results.value(name, f"{work}{kind}_mib") for kind in ("", "_planned"))
-            row += [_law(results, way, f"{work}_seconds", count), planned, measured]
+            seconds = _law(results, way, f"{work}_seconds", count)
+            time = seconds if seconds.value is None else replace(seconds, value=1e3 * seconds.value)
+            row += [time, planned, measured]
         rows.append(tuple(row))
-    head = ("pixels", "tokens", *(f"{way}: {what}" for way in WAYS for what in ("seconds", "MiB planned", "MiB")))
-    parts: list[Table | Picture] = [Table(head, tuple(rows))]
+    head = ("pixels", "tokens", *(f"{way}: {what}" for way in WAYS for what in ("ms", "MiB planned", "MiB")))
+    parts: list[str | Table | Picture] = [Table(head, tuple(rows))]
+    for (name, _), finding in results.found.items():
+        if why := finding.protocol.get(_unmeasured(name, work)):
+            parts.append(f"{name} was {why}.")
     for what, unit in (("seconds", "seconds"), ("mib", "MiB")):
         curves = [Line(way, *_axes(_known(results, way, f"{work}_{what}"))) for way in WAYS]
         curves = [curve for curve in curves if curve.x]

@@ -167,6 +167,11 @@ def read_results(study: Study, folder: str | Path) -> Results:
     return Results(study, found)
 
 
+def _settings(cell: Cell) -> dict[str, Any]:
+    """How a cell is trained."""
+    return {name: value for name, value in to_json(cell.recipe.train).items() if name != "type"}
+
+
 def _samples(path: Path) -> Tensor:
     return torch.from_numpy(np.load(path, allow_pickle=False))
 
@@ -183,7 +188,7 @@ def write_report(study: Study, folder: str | Path) -> list[Path]:
         "seeds": list(study.seeds),
         "cells": len(study.cells),
         "results": f"{len(results.found)} of {study.total}",
-        "train": common({k: v for k, v in to_json(c.recipe.train).items() if k != "type"} for c in study.cells),
+        **({"train": common(map(_settings, study.cells))} if study.trains else {}),
         "measurement": common(f.protocol for f in results.found.values()),
         "seconds": round(sum(f.numbers["seconds"] for f in results.found.values()), 1),
     }
@@ -191,12 +196,13 @@ def write_report(study: Study, folder: str | Path) -> list[Path]:
         ("what was expected", "what came", ""),
         tuple((v.text, v.found, v.word if v.holds is None else v.holds) for v in verdicts),
     )
+    errors = ("Errors are standard errors over the seeds.",) if len(study.seeds) > 1 else ()
     partial = f"{len(results.found)} of {study.total} results are there: run the same command to get the others."
     sections = (
         Section("Question", (study.question, *(() if results.complete else (partial,)))),
         *((Section("Expectations", (judged,)),) if verdicts else ()),
         *study.present(results),
-        Section("Protocol", ("Errors are standard errors over the seeds.", Listing(protocol))),
+        Section("Protocol", (*errors, Listing(protocol))),
         Section("Recipes", (Listing({cell.name: to_json(cell.recipe) for cell in study.cells}, brief=True),)),
     )
     data = {
