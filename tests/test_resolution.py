@@ -72,9 +72,9 @@ def test_the_square_law_fills_what_was_not_measured(tmp_path: Path) -> None:
     study = find_study("resolution")
     found = {(c.name, 0): Finding({"tokens": float((int(c.name.split("-")[1]) // 8) ** 2)}, {}) for c in study.cells}
     found["math-512", 0] = Finding({"tokens": 4096.0, "attention_seconds": 2.0}, {})
-    table = study.present(Results(study, found))[0].parts[0]
-    last = str(table.rows[-1][2])  # type: ignore[union-attr]
-    assert last == "32 (by the square law)"  # 16,384 tokens: 4 times as many
+    parts = {section.title: section.parts for section in study.present(Results(study, found))}
+    table = next(part for part in parts["Attention alone"] if isinstance(part, Table))
+    assert str(table.rows[-1][2]) == "32,000 (by the square law)"  # ms; 16,384 tokens are 4 times as many
 
 
 def test_the_report_says_why_what_was_not_measured_was_not_and_where_the_square_begins(tmp_path: Path) -> None:
