@@ -172,8 +172,9 @@ def test_scale_0_is_the_base_and_the_control_changes_samples(base: Path, run: Pa
     for name, value in pipeline.model.named_parameters():  # hints that are not near zero, as after a training
         if "after_proj" in name:
             value.data = torch.eye(len(value)) if value.ndim == 2 else value.data
-    labels, images = pipeline.like(Digits(resolution=16).open().heldout, 4)
-    assert images is not None
+    labels, given = pipeline.like(Digits(resolution=16).open().heldout, 4)
+    assert given["label"] is labels
+    images = given["control"]
     settings: dict[str, Any] = {"guidance": 2.0, "batch": 3}
     alone = plain.sample(labels, 4, **settings)
     assert torch.equal(pipeline.sample(labels, 4, **settings), alone)
@@ -251,7 +252,8 @@ def test_a_branch_lowers_the_loss_and_samples_follow_the_edges(tmp_path: Path) -
     rows = [row["loss"] for row in Run(tmp_path / "run").rows()]
     assert rows[0] / (sum(rows[-10:]) / 10) > 2.5
     pipeline, held = ditkit.load(tmp_path / "run"), Digits().open().heldout
-    labels, images = pipeline.like(held, 200)
+    labels, given = pipeline.like(held, 200)
+    images = given["control"]
     real = held.batch(torch.arange(200) * len(held) // 200).data
     assert torch.equal(pipeline.controls(real), images)
     found = {}

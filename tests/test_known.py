@@ -367,7 +367,7 @@ def test_prompts_on_the_command_line(ditkit: Command, runs: tuple[Path, Path]) -
         (1, "--prompt red --template red", "give one of --prompt, --template and --known"),
         (1, "--prompt 0123456789012345678901234567890123", "has 34 characters: give one of 1 to 32"),
         (1, "--template ___________________________________", "has 35 characters"),
-        (1, "--prompt", "expected one argument"),
+        (1, "--prompt", "expected at least one argument"),
         (1, "--prompt ß", "the character 'ß' is none of those that the model knows"),
     ],
 )

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-__all__ = ["Conditioning", "Given", "Known", "Tokens", "cat"]
+__all__ = ["Conditioning", "Given", "Known", "Tokens", "cat", "strings"]
+
+_INNER = "\u2400"  # the picture of a 0, for a model that goes on after it
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,13 @@ class Given:
     """Code points, filled up with 0."""
     data: Shaped[Tensor, "b *sample"] | None = None
     """The samples themselves, in training: control images are made of them."""
+    states: Tokens | None = None
+    """The text as an encoder sees it, where that was prepared."""
+
+
+def strings(rows: Iterable[Int[Tensor, "l"]]) -> list[str]:
+    """The texts of code points: the filling at the end goes, a 0 inside is shown as \u2400."""
+    return ["".join(map(chr, row.tolist())).rstrip("\0").replace("\0", _INNER) for row in rows]
 
 
 @dataclass(frozen=True)

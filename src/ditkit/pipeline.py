@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from jaxtyping import Shaped, UInt8
+from jaxtyping import Int, Shaped, UInt8
 from torch import Tensor
 
+from .conditioners import text_encoder
 from .conditioning import Conditioning, Given, Known
 from .config import DitkitError, NotFinite, near, registered_as
-from .data import Dataset, Split
+from .data import Dataset, Split, points, strings
 from .diffusion import (
     Autoguidance,
     ClassifierFree,
@@ -58,8 +59,13 @@ class Pipeline:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of the classes; empty if the model is unconditional."""
+        """The names of the classes; empty if the model is given none."""
         return self.recipe.conditioner.classes
+
+    @property
+    def captioned(self) -> bool:
+        """Whether the model is given captions, which a person writes as prompts."""
+        return text_encoder(self.recipe.conditioner) is not None
 
     @property
     def device(self) -> torch.device:
@@ -70,6 +76,7 @@ class Pipeline:
         label: str | int | Sequence[str | int] | Tensor | None = None,
         count: int = 16,
         *,
+        prompt: str | Sequence[str] | None = None,
         known: Known | None = None,
         control: UInt8[Tensor, "*n c h w"] | None = None,
         seed: int = 0,
@@ -79,15 +86,18 @@ class Pipeline:
         """Draw samples, on the CPU and in the form of the data: bytes of images, vectors, code points of texts.
 
         label: a class by name or number for all samples, one for each, or None for all classes in turn. Sample i
-        depends on (seed, i), its label and what is known of it alone, not on `count` or on the batch. known: a part of
-        the sample that is given, in the form of the data, for all [*sample] or for each [count *sample]; the rest is
-        drawn, and what stands in `known.values` where `known.mask` is False changes nothing. Latents are known where
-        all pixels are that the mask has for them. control: a control image in the form of the data for all samples, or
-        one for each; without it a ControlNet is its base. settings: fields of `Sample` that differ from the recipe's,
-        such as steps=20, guidance=2.0, control_scale=0.8. progress(done, total) counts solver steps. Raises
-        DitkitError.
+        depends on (seed, i), its label, its prompt and what is known of it alone, not on `count` or on the batch.
+        prompt: what to draw, of a model that was trained with captions: one for all samples or one for each; None: the
+        empty one. known: a part of the sample that is given, in the form of the data, for all [*sample] or for each
+        [count *sample]; the rest is drawn, and what stands in `known.values` where `known.mask` is False changes
+        nothing. Latents are known where all pixels are that the mask has for them. control: a control image in the form
+        of the data for all samples, or one for each; without it a ControlNet is its base. settings: fields of `Sample`
+        that differ from the recipe's, such as steps=20, guidance=2.0, control_scale=0.8. progress(done, total) counts
+        solver steps. Raises DitkitError.
         """
-        stream = self.stream(label, count, known=known, control=control, seed=seed, progress=progress, **settings)
+        stream = self.stream(
+            label, count, prompt=prompt, known=known, control=control, seed=seed, progress=progress, **settings
+        )
         return torch.cat(list(stream))
 
     def stream(
@@ -95,6 +105,7 @@ class Pipeline:
         label: str | int | Sequence[str | int] | Tensor | None = None,
         count: int = 16,
         *,
+        prompt: str | Sequence[str] | None = None,
         known: Known | None = None,
         control: UInt8[Tensor, "*n c h w"] | None = None,
         seed: int = 0,
@@ -102,7 +113,9 @@ class Pipeline:
         **settings: Any,
     ) -> Iterator[Shaped[Tensor, "b *sample"]]:
         """As `sample`, one batch at a time."""
-        drawn = self.latents(label, count, known=known, control=control, seed=seed, progress=progress, **settings)
+        drawn = self.latents(
+            label, count, prompt=prompt, known=known, control=control, seed=seed, progress=progress, **settings
+        )
         for x0 in drawn:
             yield self.recipe.codec.decode(x0).cpu()
 
@@ -111,6 +124,7 @@ class Pipeline:
         label: str | int | Sequence[str | int] | Tensor | None = None,
         count: int = 16,
         *,
+        prompt: str | Sequence[str] | None = None,
         known: Known | None = None,
         control: UInt8[Tensor, "*n c h w"] | None = None,
         seed: int = 0,
@@ -119,7 +133,7 @@ class Pipeline:
     ) -> Iterator[Shaped[Tensor, "b *shape"]]:
         """As `stream`, not decoded: what was diffused, where the model is."""
         chosen, times = self.check(**settings)
-        labels = self.labels(label, count)
+        labels, texts = self.labels(label, count), self.texts(prompt, count)
         given = None if known is None else checked_known(self.recipe, self.shape, known, count)
         images = None if control is None else checked_control(self.recipe, control, count, self.device)
         total = chosen.steps * -(-count // chosen.batch)
@@ -140,18 +154,26 @@ class Pipeline:
                 scale = torch.full((len(ids),), chosen.control_scale)
                 encoded = self.recipe.control(images[ids].to(self.device))
                 parts = dataclasses.replace(parts, control=encoded, scalars={"control_scale": scale})
-            yield self._batch(chosen, None if labels is None else labels[ids], parts, ids, times, seed, tick)
+            read = Given(None if labels is None else labels[ids], None if texts is None else texts[ids])
+            yield self._batch(chosen, read, parts, ids, times, seed, tick)
 
-    def like(self, split: Split, count: int) -> tuple[Tensor | None, Tensor]:
-        """Labels and control images [count c h w] of so many samples, spread evenly over a split.
+    def like(self, split: Split, count: int) -> tuple[Tensor | None, dict[str, Any]]:
+        """The labels of so many samples, spread evenly over a split, and what `sample` is given to draw their like:
+        their captions or labels, and of a ControlNet their control images.
 
-        Raises DitkitError if the model, or its conditioner, has no control images.
+        Raises DitkitError if control images are wanted that the conditioner does not make.
         """
         batch = split.batch(torch.arange(count) * len(split) // count)
-        return batch.label, self.controls(batch.data)
+        given: dict[str, Any] = {} if self.captioned else {"label": batch.label}
+        if self.captioned and batch.text is not None:
+            given["prompt"] = strings(batch.text)
+        if isinstance(self.recipe.model, ControlConfig):
+            given["control"] = self.controls(batch.data)
+        return batch.label, given
 
     def controls(self, images: UInt8[Tensor, "b c h w"]) -> UInt8[Tensor, "b c h w"]:
-        """The control images that the conditioner makes of images. Raises DitkitError as `like`."""
+        """The control images that the conditioner makes of images. Raises DitkitError if it makes none, or if the model
+        takes none."""
         make = getattr(self.recipe.conditioner, "control", None) if self.recipe.controlled else None
         if make is None:
             raise DitkitError("this run's conditioner makes no control images of others: give them with --control")
@@ -177,7 +199,7 @@ class Pipeline:
             )
         if chosen.finish is not None and not chosen.all_guides():
             raise DitkitError("sample.finish is for what guides have done, and there is none: add guidance or a guide")
-        if not self.classes and (away or chosen.guidance != 1):
+        if not self.classes and not self.captioned and (away or chosen.guidance != 1):
             raise DitkitError(
                 "this model is unconditional and cannot be guided by classes: use guidance 1, or a guide that needs no "
                 "classes (autoguidance, perturbed_attention, skip_layer)"
@@ -198,17 +220,21 @@ class Pipeline:
         """
         chosen, times = self.check()
         few = times if len(times) <= 4 else (*times[:2], *times[-2:])
-        drawn = self._batch(chosen, self.labels(None, 2), Conditioning(), torch.arange(2), few, 0, lambda k, x: None)
+        drawn = self._batch(
+            chosen, Given(self.labels(None, 2)), Conditioning(), torch.arange(2), few, 0, lambda k, x: None
+        )
         self.recipe.codec.decode(drawn)
 
     def sheet(self, data: Dataset) -> tuple[Shaped[Tensor, "n *sample"], int]:
         """What a training shows: eight samples of each class, or 80 or 64, always from the same noise; how many are in
-        a row. Of a ControlNet each beside its control image, of held-out data."""
+        a row. Of a ControlNet each beside its control image, of held-out data; of a model that is given captions, one
+        to each of 64 captions of held-out data."""
         classes = len(self.classes)
         columns = min(classes, 10) or 8
-        if isinstance(self.recipe.model, ControlConfig):
-            labels, control = self.like(data.heldout, columns * 8)
-            return beside(control, self.sample(labels, columns * 8, control=control)), 2 * columns
+        if self.captioned or isinstance(self.recipe.model, ControlConfig):
+            _, given = self.like(data.heldout if len(data.heldout) else data.train, columns * 8)
+            samples = self.sample(count=columns * 8, **given)
+            return (beside(given["control"], samples), 2 * columns) if "control" in given else (samples, columns)
         return self.sample(None if classes <= 10 else list(range(10)) * 8, columns * 8), columns
 
     def files(self, data: Dataset) -> dict[str, bytes]:
@@ -252,6 +278,8 @@ class Pipeline:
         if count < 1:
             raise DitkitError(f"count must be at least 1, not {count}")
         if not self.classes:
+            if label is not None and self.captioned:
+                raise DitkitError("this model is given captions, not classes: write a prompt instead of a label")
             if label is not None:
                 raise DitkitError("this model is unconditional: it takes no label")
             return None
@@ -267,11 +295,24 @@ class Pipeline:
             raise DitkitError(f"{len(label)} labels were given for {count} samples: give one, or one for each")
         return self.recipe.conditioner.index(label)
 
+    def texts(self, prompt: str | Sequence[str] | None, count: int) -> Int[Tensor, "n l"] | None:
+        """The code points of a prompt for each sample; None without. Raises DitkitError."""
+        if prompt is None:
+            return None
+        if not self.captioned:
+            raise DitkitError("this model was trained without captions and takes no prompt")
+        written = [prompt] * count if isinstance(prompt, str) else list(prompt)
+        if len(written) != count:
+            raise DitkitError(f"{len(written)} prompts were given for {count} samples: give one, or one for each")
+        if any("\0" in text for text in written):
+            raise DitkitError("a prompt holds a character 0")
+        return points(written, max(map(len, written)))
+
     @torch.no_grad()
     def _batch(
         self,
         chosen: Sample,
-        labels: Tensor | None,
+        read: Given,
         parts: Conditioning,
         ids: Tensor,
         times: Sequence[float],
@@ -279,7 +320,7 @@ class Pipeline:
         tick: Callable[[int, Tensor], None],
     ) -> Shaped[Tensor, "b *shape"]:
         conditioner, known = self.recipe.conditioner, parts.known
-        cond = conditioner.null(len(ids)) if labels is None else conditioner(Given(labels))
+        cond = conditioner.null(len(ids)) if read.label is None and read.text is None else conditioner(read)
         cond = _joined(cond, parts).to(self.device)
         rng = Rng(seed).at(0, ids.to(self.device))
         x = self.denoiser.prior(rng, self.shape)

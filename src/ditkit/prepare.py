@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from .config import DitkitError, differences, from_json
-from .data.prepared import CODEC, INDEX, Prepared, places, problem, read_codec, read_index
+from .data.prepared import CODEC, INDEX, Prepared, places, problem, read_codec, read_index, read_text_encoder
 from .files import TEMPORARY, atomic_write, held
 from .recipe import Recipe
 from .shards import Job, Task, file_entry, packed
@@ -42,13 +42,14 @@ def prepare(
     workers: int = 1,
     quiet: bool = False,
 ) -> bool:
-    """Encode the data of a recipe by its codec into a folder. True if all is done.
+    """Encode the data of a recipe by its codec into a folder, and its captions by the text encoder of the recipe's
+    conditioner, if it has one. True if all is done.
 
-    dtype: of the latents, float16 or float32. shard: samples in a shard; a kill loses at most one shard for each
-    worker. batch: samples that are encoded at a time. workers: processes, of one thread each, on the recipe's
-    `train.device`. A folder that was begun is gone on with, and its shards are compared with their hashes. False:
-    Ctrl-C came, and the same call goes on. Raises DitkitError for data and codecs that cannot be prepared, for a folder
-    that holds something else, and when the disk is full.
+    dtype: of latents and of captions' states, float16 or float32. shard: samples in a shard; a kill loses at most one
+    shard for each worker. batch: samples that are encoded at a time. workers: processes, of one thread each, on the
+    recipe's `train.device`. A folder that was begun is gone on with, and its shards are compared with their hashes.
+    False: Ctrl-C came, and the same call goes on. Raises DitkitError for data and codecs that cannot be prepared, for a
+    folder that holds something else, and when the disk is full.
     """
     folder = Path(folder)
     if dtype not in DTYPES:
@@ -257,7 +258,8 @@ def _work(folder: Path, device: str, todo: Any, said: Any) -> None:
         data = from_json(index["data"]).open()
         if data.source != index["source"]:
             raise DitkitError(f"the data has changed: it was {index['source']}, it is {data.source}")
-        job = Job(data, read_codec(folder, index).inner, index, torch.device(device))
+        encoder = read_text_encoder(folder, index)
+        job = Job(data, read_codec(folder, index).inner, index, torch.device(device), encoder)
         while (task := todo.get()) is not None:
             said.put(("made", _write(folder, job, task, tick)))
     except Exception as error:

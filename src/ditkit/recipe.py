@@ -15,7 +15,7 @@ from torch import Tensor
 from . import encoders, models  # noqa: F401  the registry must know all of them before a recipe is read
 from .averaging import decay_name, exponent, std_name
 from .codecs import Pixels
-from .conditioners import Label
+from .conditioners import Label, text_encoder
 from .conditioning import Conditioning, Given
 from .config import DitkitError, differences, from_json, lookup, register, registered_as, to_json
 from .data import Dataset, Digits
@@ -293,7 +293,8 @@ class Recipe:
         """The recipe for this data: each part takes its shape, classes or symbols from it.
 
         learned: what the codec has learned already, and does not learn anew. Data that is prepared brings the codec of
-        its latents. Raises DitkitError for parts that do not go together.
+        its latents, and captions that are encoded already were encoded by this recipe's encoder. Raises DitkitError for
+        parts that do not go together.
         """
         if data.codec is not None:
             codec = self._prepared(data)
@@ -303,6 +304,8 @@ class Recipe:
         denoiser = self.denoiser.fitted(codec.vocab)
         model = self.model.fitted(shape, len(data.classes), denoiser.vocab)
         conditioner = self.conditioner.fitted(data.classes)
+        if text_encoder(conditioner) is not None:
+            self._reads(conditioner, model, data)
         return replace(self, codec=codec, conditioner=conditioner, model=model, denoiser=denoiser)
 
     def given(self, batch: Given, device: torch.device | str = "cpu", rng: Draw | None = None) -> Conditioning:
@@ -324,6 +327,20 @@ class Recipe:
             name = registered_as(self.model)[1]
             raise DitkitError(f"the model {name} takes no control image: train a ControlNet of it (docs/control.md)")
         return self.model
+
+    def _reads(self, conditioner: Any, model: Any, data: Dataset) -> None:
+        """Raises DitkitError unless there are captions, and a model that takes them as the encoder sees them."""
+        mine, theirs = text_encoder(conditioner), data.text_encoder
+        if not data.captions:
+            raise DitkitError(f"the conditioner text reads captions, and {data.name} has none: choose other data")
+        if model.example(1).text is None:
+            name = registered_as(model)[1]
+            raise DitkitError(
+                f"the model {name} reads no text: choose one that does, such as mmdit_tiny or pixart_tiny"
+            )
+        if theirs is not None and mine is not None and not mine.same(theirs):
+            told = differences(to_json(theirs), to_json(mine), "conditioner.encoder")
+            raise DitkitError(f"the captions of {data.name} were prepared with another text encoder: {'; '.join(told)}")
 
     def _prepared(self, data: Dataset) -> Any:
         """The codec of prepared data, if it is this recipe's, or if the recipe says none (pixels)."""

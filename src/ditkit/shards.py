@@ -14,6 +14,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .codecs import Codec, Latents, Posterior
+from .conditioners import TextEncoder, text_encoder
+from .conditioning import strings
 from .config import DitkitError, to_json
 from .data import Dataset, Split
 from .data.prepared import CODEC, FORMAT, places
@@ -41,6 +43,8 @@ class Job:
     codec: Codec
     index: dict[str, Any]
     device: torch.device
+    encoder: TextEncoder | None = None
+    """Of captions."""
 
     @classmethod
     def planned(cls, recipe: Recipe, data: Dataset, codec: Codec, dtype: str, shard: int, batch: int) -> Job:
@@ -52,6 +56,11 @@ class Job:
         device = device_of(recipe.train.device)
         codec.shape(data.shape)
         one = data.train.batch(torch.zeros(1, dtype=torch.int64))
+        encoder = text_encoder(recipe.conditioner)
+        if encoder is not None:
+            if one.text is None:
+                raise DitkitError(f"the conditioner text reads captions, and {data.name} has none: choose another")
+            encoder = encoder.noted()
         if not isinstance(codec, Posterior) and (drawn := _draws(lambda rng: codec.encode(one.data.to(device), rng))):
             raise DitkitError(f"the codec draws {drawn[0]!r} and does not say from what: it cannot be prepared")
         _, moments, *latent = _moments(codec, one.data.to(device)).shape
@@ -64,6 +73,9 @@ class Job:
                 arrays["label"] = {"dtype": "int64", "shape": []}
             if one.text is not None:
                 arrays["text"] = {"dtype": "int32", "shape": list(one.text.shape[1:])}
+            if encoder is not None:
+                arrays["states"] = {"dtype": dtype, "shape": [encoder.length, encoder.width]}
+                arrays["tokens"] = {"dtype": "int32", "shape": []}
             splits[name] = {"count": len(split), "arrays": arrays, "shards": []}
         learned = codec.state()
         index = {
@@ -76,12 +88,13 @@ class Job:
             "data": to_json(recipe.data),
             "codec": to_json(Latents(codec, tuple(data.shape), moments)),
             "learned": file_entry(CODEC, packed(learned)) if learned else None,
+            "text_encoder": None if encoder is None else to_json(encoder),
             "dtype": dtype,
             "shard": shard,
             "batch": batch,
             "splits": splits,
         }
-        return cls(data, codec, index, device)
+        return cls(data, codec, index, device, encoder)
 
     @property
     def tasks(self) -> list[Task]:
@@ -112,19 +125,29 @@ class Job:
             versions = [images, images.flip(-1)][: arrays["latents"]["shape"][0]]
             for version, data in enumerate(versions):
                 moments = _moments(self.codec, data).float().cpu().numpy()
-                with np.errstate(over="ignore"):
-                    whole["latents"][rows, version] = moments
-                if not np.isfinite(whole["latents"][rows, version]).all():
-                    largest = float(np.abs(moments).max())
-                    raise DitkitError(
-                        f"latents of samples {first}..{int(ids[-1])} of the {task.split} split are as large as "
-                        f"{largest:g}, which {arrays['latents']['dtype']} cannot hold: choose --dtype float32"
-                    )
+                said = f"latents of samples {first}..{int(ids[-1])} of the {task.split} split"
+                _rounded(whole["latents"][rows, version], moments, said)
             for name, values in (("label", found.label), ("text", found.text)):
                 if values is not None:
                     whole[name][rows] = values.numpy()
+            if self.encoder is not None and found.text is not None:
+                tokens = self.encoder(strings(found.text))
+                whole["tokens"][rows] = tokens.mask.sum(1).numpy()
+                said = f"states of the captions {first}..{int(ids[-1])} of the {task.split} split"
+                _rounded(whole["states"][rows, : tokens.mask.shape[1]], tokens.values.numpy(), said)
             tick(len(ids))
         return content
+
+
+def _rounded(place: np.ndarray, values: np.ndarray, said: str) -> None:
+    """Write numbers into a part of a shard. Raises DitkitError for what its type cannot hold."""
+    with np.errstate(over="ignore"):
+        place[...] = values
+    if not np.isfinite(place).all():
+        largest = float(np.abs(values).max())
+        raise DitkitError(
+            f"{said} are as large as {largest:g}, which {place.dtype} cannot hold: choose --dtype float32"
+        )
 
 
 def _moments(codec: Codec, data: Shaped[Tensor, "b *sample"]) -> Float[Tensor, "b m *latent"]:

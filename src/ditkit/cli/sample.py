@@ -28,7 +28,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--label", nargs="+", help="a class by name or number, or one for each sample (default: all in turn)"
     )
     parser.add_argument("--count", type=int, default=16, help="how many samples (default: 16)")
-    parser.add_argument("--prompt", metavar="TEXT", help="how every text begins; the rest is drawn")
+    parser.add_argument(
+        "--prompt",
+        nargs="+",
+        metavar="TEXT",
+        help="what to draw, of a model that was trained with captions: one for all samples, or one for each; of a "
+        "model of texts, how every text begins",
+    )
     parser.add_argument(
         "--template", metavar="TEXT", help="the whole text with _ for each character to be drawn, as in: 'red ____'"
     )
@@ -80,8 +86,6 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
         raise DitkitError(f"--columns must be at least 1, not {args.columns}")
     if (args.known is None) != (args.mask is None):
         raise DitkitError("--known and --mask go together: the mask says which part of the known image is drawn anew")
-    if sum(given is not None for given in (args.prompt, args.template, args.known)) > 1:
-        raise DitkitError("give one of --prompt, --template and --known")
     if args.control is not None and args.control_of is not None:
         raise DitkitError("give one of --control and --control-of")
     import torch
@@ -104,16 +108,12 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
             bar.update(done - bar.n)
 
         known = _known(args, pipeline)
-        control, labels = _control(args, pipeline)
-        batches = pipeline.stream(
-            labels if label is None else label,
-            args.count,
-            known=known,
-            control=control,
-            seed=args.seed,
-            progress=progress,
-            **settings,
-        )
+        settings |= _control(args, pipeline)
+        if label is not None:
+            settings["label"] = label
+        if pipeline.captioned and args.prompt is not None:
+            settings["prompt"] = args.prompt[0] if len(args.prompt) == 1 else args.prompt
+        batches = pipeline.stream(count=args.count, known=known, seed=args.seed, progress=progress, **settings)
         first = next(batches)
         own = suffix(first)
         rendered(first[:1], kind or own)  # what cannot be shown so is said before the rest is drawn
@@ -122,8 +122,11 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
                 atomic_write(args.out / f"{i:06d}{own}", rendered(one[None], own, 1))
         else:
             samples, columns = torch.cat((first, *batches)), args.columns
-            if args.control_of == "heldout" and control is not None and (kind or own) == ".png":
-                samples, columns = beside(control, samples), 2 * (columns or math.ceil(math.sqrt(args.count / 2)))
+            if args.control_of == "heldout" and (kind or own) == ".png":
+                samples, columns = (
+                    beside(settings["control"], samples),
+                    2 * (columns or math.ceil(math.sqrt(args.count / 2))),
+                )
             content = rendered(samples, kind or own, columns)
             if args.out is None and own == ".txt":
                 bar.close()
@@ -139,8 +142,12 @@ def _known(args: argparse.Namespace, pipeline: Pipeline) -> Known | None:
     from ..data import prompt, template
 
     texts = pipeline.recipe.codec.vocab > 0
-    for name, make in (("prompt", prompt), ("template", template)):
-        text = getattr(args, name)
+    begins = None if pipeline.captioned else args.prompt
+    if sum(given is not None for given in (begins, args.template, args.known)) > 1:
+        raise DitkitError("give one of --prompt, --template and --known")
+    if begins is not None and len(begins) > 1:
+        raise DitkitError("every text begins alike: give one --prompt, in quotation marks if it has spaces")
+    for name, text, make in (("prompt", begins and begins[0], prompt), ("template", args.template, template)):
         if text is not None:
             if not texts:
                 raise DitkitError(f"--{name} is for models of texts, and this one draws {list(pipeline.shape)}")
@@ -152,18 +159,17 @@ def _known(args: argparse.Namespace, pipeline: Pipeline) -> Known | None:
     return _picture(args.known, args.mask, pipeline)
 
 
-def _control(args: argparse.Namespace, pipeline: Pipeline) -> tuple[Tensor | None, Tensor | None]:
-    """The control images, and labels where these are held-out data's. Raises DitkitError."""
+def _control(args: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:
+    """The control images, and labels or captions where these are held-out data's. Raises DitkitError."""
     if args.control is None and args.control_of is None:
-        return None, None
+        return {}
     controlled = pipeline.recipe.controlled  # that it takes control images
     if args.control_of == "heldout":
-        labels, images = pipeline.like(pipeline.recipe.data.open().heldout, max(args.count, 1))
-        return images, labels
+        return pipeline.like(pipeline.recipe.data.open().heldout, max(args.count, 1))[1]
     image = _image(args.control or Path(args.control_of), 1 if controlled.base.shape[0] == 1 else 3)
     if args.control is not None:
-        return image, None
-    return pipeline.controls(image[None])[0], None
+        return {"control": image}
+    return {"control": pipeline.controls(image[None])[0]}
 
 
 def _image(path: Path, channels: int) -> Tensor:

@@ -21,7 +21,7 @@ __all__ = ["arguments", "run"]
 
 FROM_DATA = (
     *("--model.input-size", "--model.in-channels", "--model.num-classes", "--model.length", "--model.vocab"),
-    *("--conditioner.classes", "--codec.symbols", "--denoiser.path.vocab"),
+    *("--conditioner.classes", "--conditioner.encoder.sha256", "--codec.symbols", "--denoiser.path.vocab"),
 )
 
 

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int, Shaped, UInt8
 from torch import Tensor
 
-from ..conditioning import Given
+from ..conditioning import Given, Tokens
 from ..rng import Draw, Rng
 
 __all__ = ["Batch", "Dataset", "InMemory", "Order", "Split", "augment", "share"]
@@ -30,13 +30,15 @@ class Batch:
     label: Int[Tensor, "b"] | None
     text: Int[Tensor, "b l"] | None = None
     """The code points of captions, filled up with 0."""
+    states: Tokens | None = None
+    """The captions as a text encoder sees them, where they were prepared."""
 
     @property
     def given(self) -> Given:
         """What a conditioner reads: labels and captions; where a sample is a text, the text itself (for speech); and
         the samples, of which control images are made."""
         own = self.data if self.data.ndim == 2 and self.data.dtype == torch.int64 else None
-        return Given(self.label, own if self.text is None else self.text, self.data)
+        return Given(self.label, own if self.text is None else self.text, self.data, self.states)
 
 
 class Split(Protocol):
@@ -97,6 +99,7 @@ class Dataset:
     source: str  # one line for the protocol of a measured number: what, how many, which hash
     symbols: str = ""  # the characters that texts are made of, without the filling
     codec: Any = None  # where samples were encoded already: the codec that reads and decodes them
+    text_encoder: Any = None  # where captions were encoded already: what did it
     captions: int = 0  # characters of the longest caption; 0: without captions
     broken: Sequence[str] = ()  # "file: reason"; a list that grows where files are read as they are needed
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 from pathlib import Path
 
 from ..config import DitkitError
+from ..hub import installed
 
 __all__ = ["package_folder", "read_packaged"]
 
@@ -17,10 +17,10 @@ def package_folder(data: str, package: str, holds: str) -> Path:
     data: the name of the data set, and holds: what is in the package, for messages. Raises DitkitError, which says what
     to install, if it is missing.
     """
-    spec = importlib.util.find_spec(package)  # does not import the package
-    if spec is None or not spec.origin:
+    folder = installed(package)
+    if folder is None:
         raise _missing(data, package, holds)
-    return Path(spec.origin).parent
+    return folder
 
 
 def read_packaged(data: str, package: str, version: str, inside: str, sha256: str, holds: str) -> bytes:

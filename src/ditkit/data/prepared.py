@@ -7,7 +7,8 @@ train-00000.bin ...   shards of the training split, then heldout-00000.bin ... o
 A shard of n samples is one array after another, in the index's order, as raw little-endian numbers [n *shape]; each
 array begins at a multiple of 64 bytes. "latents" has the shape [versions, moments, *latent]: the image and, where
 training mirrors, its mirror image; mean and, where the codec draws, standard deviation. "label" and "text" are there
-where the data has classes and captions.
+where the data has classes and captions; where captions were encoded, "states" [tokens, width], and "tokens", how many
+of them are real.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..conditioning import Tokens
 from ..config import DitkitError, from_json, register
 from ..files import reason, sha256
 from ..rng import Draw
@@ -101,7 +103,15 @@ class Shards:
             self._gathered("latents", shard, row * self._versions + version).view(len(wanted), *moments, *self._latent),
             None if self._labels is None else self._labels[indices],
             self._gathered("text", shard, row).long() if "text" in self.arrays else None,
+            self._states(shard, row) if "states" in self.arrays else None,
         )
+
+    def _states(self, shard: np.ndarray, row: np.ndarray) -> Tokens:
+        """Encoded captions, as long as the longest of them."""
+        count = self._gathered("tokens", shard, row)
+        mask = torch.arange(max(count.flatten().tolist(), default=0)) < count
+        values = self._gathered("states", shard, row).view(len(row), *self.arrays["states"]["shape"])
+        return Tokens(values[:, : mask.shape[1]].float(), mask)
 
     def _gathered(self, name: str, shard: np.ndarray, row: np.ndarray) -> Shaped[Tensor, "b numbers"]:
         """Rows of an array, copied out of the maps; those of latents are all versions of all samples.
@@ -120,7 +130,7 @@ class Shards:
 @register("data", "prepared")
 @dataclass(frozen=True)
 class Prepared:
-    """What `ditkit prepare` wrote: latents of a data set, its labels and its captions, in shards.
+    """What `ditkit prepare` wrote: latents of a data set, its labels and its captions, encoded ones, too, in shards.
 
     Sizes are compared when it is opened, and with `check` the hashes, too.
     """
@@ -180,6 +190,7 @@ class Prepared:
             source=f"{index['source']}; encoded in {index['dtype']}, sha256 of the index {sha256(self.folder / INDEX)}",
             codec=codec,
             captions=index["captions"],
+            text_encoder=read_text_encoder(self.folder, index),
         )
 
 
@@ -214,6 +225,12 @@ def read_codec(folder: Path, index: Mapping[str, Any]) -> Any:
         return codec.loaded(load_file(path))
     except (OSError, SafetensorError) as error:
         raise DitkitError(f"cannot read {path}: {reason(error)}") from None
+
+
+def read_text_encoder(folder: Path, index: Mapping[str, Any]) -> Any:
+    """The configuration of what encoded the captions; None where they were not encoded."""
+    found = index.get("text_encoder")
+    return None if found is None else from_json(found, str(folder / INDEX))
 
 
 def files(index: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..conditioning import Known
+from ..conditioning import Known, strings
 from ..config import DitkitError
 
 __all__ = ["points", "prompt", "strings", "template"]
-
-_INNER = "\u2400"  # the picture of a 0, for a model that goes on after it
 
 
 def points(texts: Sequence[str], length: int) -> Int[Tensor, "n l"]:
@@ -24,11 +22,6 @@ def points(texts: Sequence[str], length: int) -> Int[Tensor, "n l"]:
             raise ValueError(f"a text has at most {length} characters and no 0: {text!r}")
         row[: len(text)] = torch.tensor([ord(c) for c in text], dtype=torch.int64)
     return table
-
-
-def strings(rows: Iterable[Int[Tensor, "l"]]) -> list[str]:
-    """The texts of code points: the filling at the end goes, a 0 inside is shown as \u2400."""
-    return ["".join(map(chr, row.tolist())).rstrip("\0").replace("\0", _INNER) for row in rows]
 
 
 def prompt(text: str, length: int) -> Known:

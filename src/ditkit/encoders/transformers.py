@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ..config import DitkitError, register
-from ..hub import locate, unloadable
+from ..hub import pretrained
 from .encoder import as_images
 
 __all__ = ["Transformers"]
@@ -68,25 +67,7 @@ class Transformers:
 
 @functools.lru_cache(maxsize=2)
 def _load(path: str, download: bool) -> Any:
-    path = locate(path, "encoder", "transformers")
-    try:
-        from transformers import AutoModel
-    except ImportError:
-        raise DitkitError("the encoder needs transformers: pip install 'ditkit[encoders]'") from None
-    try:
-        model, read = AutoModel.from_pretrained(
-            path,
-            local_files_only=not download,
-            use_safetensors=True,
-            trust_remote_code=False,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise unloadable(path, "encoder", download, error) from None
-    if read["missing_keys"] or read["mismatched_keys"]:  # these would be random
-        first = sorted(map(str, (*read["missing_keys"], *read["mismatched_keys"])))[0]
-        raise DitkitError(f"the encoder {path} is incomplete: {first} is missing, or has another shape")
+    model = pretrained("AutoModel", path, "encoder", "encoders", download)
     if not hasattr(model.config, "patch_size") or not hasattr(model.config, "hidden_size"):
         raise DitkitError(f"{path} is no vision transformer: its config.json has no patch_size or hidden_size")
-    return model.eval().requires_grad_(False)
+    return model

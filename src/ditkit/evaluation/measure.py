@@ -86,6 +86,9 @@ MEANING = {
 }
 
 
+CAPTIONS = "captions of held-out images, spread evenly"
+
+
 @dataclass(frozen=True)
 class Measurement:
     """Numbers by name, how they were obtained, the bounds they should keep, and what was measured.
@@ -143,7 +146,8 @@ def evaluate(
                 raise DitkitError(f"a bound names {name!r}: {near(name, MEANING)}")
     say("reading the data")
     data = original(recipe.data).open()
-    if data.classes != pipeline.classes:
+    named = isinstance(pipeline, Reconstructions) or not pipeline.captioned
+    if named and data.classes != pipeline.classes:
         raise DitkitError(f"the data now has the classes {data.classes}, the run was trained on {pipeline.classes}")
     kind = "images" if len(data.shape) == 3 else "texts" if data.symbols else None
     if kind is None:
@@ -191,17 +195,21 @@ def _measure_images(
 
     say(f"drawing {count} samples")
     chosen = pipeline.settings(**settings)
-    labels, control = pipeline.labels(None, count), None
-    if isinstance(recipe.model, ControlConfig):
-        labels, control = pipeline.like(data.heldout, count)
-    images = _draw(pipeline, labels, count, seed, settings, control)
+    labels = pipeline.labels(None, count)
+    given: dict[str, Any] = {"label": labels}
+    if pipeline.captioned or isinstance(recipe.model, ControlConfig):
+        labels, given = pipeline.like(data.heldout, count)
+    images = _draw(pipeline, given, count, seed, settings)
     numbers: dict[str, float | None] = {}
     protocol = sampling_protocol(pipeline, chosen, count, seed)
     protocol |= {"reference": f"held-out part of {data.source}", "reference_images": len(real)}
-    if control is not None:
+    if "prompt" in given:
+        protocol["labels"] = CAPTIONS
+    if "control" in given:
         say("comparing edges")
+        control = given["control"]
         protocol["control"] = "of held-out images, with their labels"
-        plain = _draw(pipeline, labels, count, seed, settings)
+        plain = _draw(pipeline, {k: v for k, v in given.items() if k != "control"}, count, seed, settings)
         for name, drawn in (("edge_agreement", images), ("edge_agreement_base", plain)):
             agreement = edge_agreement(pipeline.controls(drawn), control)
             numbers[name], numbers[f"{name}_error"] = agreement.value, agreement.error
@@ -216,7 +224,7 @@ def _measure_images(
     say("comparing features")
     reference = features(real)
     sampled = features(images)
-    untrained = _draw(_untrained(pipeline), labels, count, seed, settings, control)
+    untrained = _draw(_untrained(pipeline), given, count, seed, settings)
     sets = {
         "kid": sampled,
         "kid_untrained": features(untrained),
@@ -259,7 +267,7 @@ def _measure_texts(
     say(f"drawing {count} samples")
     chosen = pipeline.settings(**settings)
     labels = pipeline.labels(None, count)
-    samples = _draw(pipeline, labels, count, seed, settings)
+    samples = _draw(pipeline, {"label": labels}, count, seed, settings)
     texts = strings(samples)
     numbers: dict[str, float | None] = {}
     protocol = sampling_protocol(pipeline, chosen, count, seed)
@@ -311,11 +319,16 @@ def measure_kid(pipeline: Pipeline, *, seed: int = 0, **settings: Any) -> Measur
     size, count = pipeline.recipe.evaluate.size, pipeline.recipe.evaluate.samples
     features, reference, source = heldout_features(original(pipeline.recipe.data), size, str(pipeline.device))
     labels = pipeline.labels(None, count)
-    images = pipeline.sample(labels, count, seed=seed, **settings)
+    given: dict[str, Any] = {"label": labels}
+    if pipeline.captioned:
+        labels, given = pipeline.like(original(pipeline.recipe.data).open().heldout, count)
+    images = pipeline.sample(count=count, **given, seed=seed, **settings)
     estimate = kernel_distance(features(images), reference)
     protocol = sampling_protocol(pipeline, pipeline.settings(**settings), count, seed)
     protocol |= {"reference": f"held-out part of {source}", "reference_images": len(reference)}
     protocol |= {"features": features_protocol(features), **provenance()}
+    if "prompt" in given:
+        protocol["labels"] = CAPTIONS
     return Measurement({"kid": estimate.value, "kid_error": estimate.error}, protocol, (), images, labels)
 
 
@@ -360,22 +373,15 @@ def features_protocol(features: Features) -> dict[str, Any]:
     return {"network": features.name, "sha256": features.sha256, "size": features.size}
 
 
-def _draw(
-    pipeline: Pipeline,
-    labels: Tensor | None,
-    count: int,
-    seed: int,
-    settings: dict[str, Any],
-    control: Tensor | None = None,
-) -> Tensor:
-    """Samples, under a progress bar."""
+def _draw(pipeline: Pipeline, given: dict[str, Any], count: int, seed: int, settings: dict[str, Any]) -> Tensor:
+    """Samples, under a progress bar; given: their labels or captions, control images."""
     with tqdm(unit="step", leave=False, dynamic_ncols=True) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        return pipeline.sample(labels, count, control=control, seed=seed, progress=progress, **settings)
+        return pipeline.sample(count=count, **given, seed=seed, progress=progress, **settings)
 
 
 def _spread(images: Tensor, labels: Tensor | None) -> float | None:

@@ -11,7 +11,7 @@ from .autoencoder import autoencoder
 from .captions import captions, captions_uniform
 from .control import control
 from .digits import demo, digits, digits_dit, digits_resnet, digits_unet
-from .emoji import emoji_latents, emoji_pixels
+from .emoji import emoji_captions, emoji_latents, emoji_pixels
 from .families import FAMILIES
 from .folder import folder, hugging_face
 
@@ -27,6 +27,7 @@ __all__ = [
     "digits_dit",
     "digits_resnet",
     "digits_unet",
+    "emoji_captions",
     "emoji_latents",
     "emoji_pixels",
     "find_recipe",
@@ -43,6 +44,7 @@ _NAMED: dict[str, Callable[[], Recipe]] = {
     "demo": demo,
     "captions": captions,
     "captions_uniform": captions_uniform,
+    "emoji_captions": emoji_captions,
     "emoji_latents": emoji_latents,
     "emoji_pixels": emoji_pixels,
     **FAMILIES,
