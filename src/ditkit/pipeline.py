@@ -15,7 +15,7 @@ from torch import Tensor
 from .conditioners import text_encoder
 from .conditioning import Conditioning, Given, Known
 from .config import DitkitError, NotFinite, near, registered_as
-from .data import Dataset, Split, points, strings
+from .data import Batch, Dataset, Split, points, strings
 from .diffusion import (
     Autoguidance,
     ClassifierFree,
@@ -100,23 +100,9 @@ class Pipeline:
         )
         return torch.cat(list(stream))
 
-    def stream(
-        self,
-        label: str | int | Sequence[str | int] | Tensor | None = None,
-        count: int = 16,
-        *,
-        prompt: str | Sequence[str] | None = None,
-        known: Known | None = None,
-        control: UInt8[Tensor, "*n c h w"] | None = None,
-        seed: int = 0,
-        progress: Callable[[int, int], None] | None = None,
-        **settings: Any,
-    ) -> Iterator[Shaped[Tensor, "b *sample"]]:
+    def stream(self, label: Any = None, count: int = 16, **given: Any) -> Iterator[Shaped[Tensor, "b *sample"]]:
         """As `sample`, one batch at a time."""
-        drawn = self.latents(
-            label, count, prompt=prompt, known=known, control=control, seed=seed, progress=progress, **settings
-        )
-        for x0 in drawn:
+        for x0 in self.latents(label, count, **given):
             yield self.recipe.codec.decode(x0).cpu()
 
     def latents(
@@ -164,12 +150,17 @@ class Pipeline:
         Raises DitkitError if control images are wanted that the conditioner does not make.
         """
         batch = split.batch(torch.arange(count) * len(split) // count)
-        given: dict[str, Any] = {} if self.captioned else {"label": batch.label}
-        if self.captioned and batch.text is not None:
-            given["prompt"] = strings(batch.text)
+        given = self.asked(batch)
         if isinstance(self.recipe.model, ControlConfig):
             given["control"] = self.controls(batch.data)
         return batch.label, given
+
+    def asked(self, batch: Batch) -> dict[str, Any]:
+        """What `sample` is given to draw the like of a batch: its captions, or its labels; nothing for a model that is
+        given neither."""
+        if self.captioned:
+            return {} if batch.text is None else {"prompt": strings(batch.text)}
+        return {"label": batch.label} if self.classes else {}
 
     def controls(self, images: UInt8[Tensor, "b c h w"]) -> UInt8[Tensor, "b c h w"]:
         """The control images that the conditioner makes of images. Raises DitkitError if it makes none, or if the model

@@ -87,10 +87,14 @@ def audit(
     if isinstance(what, Pipeline):
         title = what.origin
         say(f"drawing {samples} samples")
-        labels = _labels(what, data, samples)
-        images = what.sample(labels, samples, seed=seed, **settings)
+        some = Rng(0).some("labels", len(data.train), samples)
+        asked = what.asked(data.train.batch(some[torch.arange(samples) % len(some)]))
+        images = what.sample(**asked, count=samples, seed=seed, **settings)
         chosen = {k: getattr(what.settings(**settings), k) for k in ("steps", "guidance")}
-        protocol |= {"checkpoint": what.origin, "labels": "of training images" if labels is not None else "none"}
+        protocol |= {
+            "checkpoint": what.origin,
+            "given": f"{next(iter(asked))}s of training images" if asked else "nothing",
+        }
         protocol |= {"seed": seed, **{k: str(v) for k, v in chosen.items()}}
     else:
         title = Path(what).name
@@ -215,14 +219,6 @@ def write_audit(found: Audit, folder: Path) -> list[Path]:
     )
     data = {**found.numbers, "passed": found.passed, "protocol": found.protocol}
     return write(Report(f"Audit of {found.title}", sections, data), folder)
-
-
-def _labels(pipeline: Pipeline, data: Dataset, count: int) -> Tensor | None:
-    """Labels of training images, drawn; None for a model without classes."""
-    if not pipeline.classes:
-        return None
-    some = Rng(0).some("labels", len(data.train), count)
-    return data.train.batch(some[torch.arange(count) % len(some)]).label
 
 
 def _all(split: Split, most: int) -> UInt8[Tensor, "n c h w"]:

@@ -264,11 +264,11 @@ class Observer:
         self._compared(images, found, end)
 
     def _drawn(self, pipeline: Pipeline, index: Index, count: int) -> tuple[Float[Tensor, "n *shape"], Near]:
-        """So many samples, with labels of training samples, and what is near to them."""
-        labels = self.data.train.batch(self.labelled[torch.arange(count) % len(self.labelled)]).label
+        """So many samples, with labels or captions of training samples, and what is near to them."""
+        asked = pipeline.asked(self.data.train.batch(self.labelled[torch.arange(count) % len(self.labelled)]))
         steps = min(self.settings.steps, pipeline.recipe.sample.steps)
         with self.prices.measure("sample", count):
-            drawn = pipeline.latents(labels if pipeline.classes else None, count, seed=self.recipe.seed, steps=steps)
+            drawn = pipeline.latents(**asked, count=count, seed=self.recipe.seed, steps=steps)
             x0 = torch.cat(list(drawn))
             return x0, index.nearest(x0.flatten(1))
 
