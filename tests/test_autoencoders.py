@@ -18,6 +18,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2
+from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import AutoencoderKLHunyuanVideo
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.models.autoencoders.vq_model import VQModel
 from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel
@@ -26,6 +27,7 @@ from diffusers.pipelines.flux.pipeline_flux_img2img import FluxImg2ImgPipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint import StableDiffusionInpaintPipeline
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3_inpaint import StableDiffusion3InpaintPipeline
+from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
 from ditkit.codecs import Autoencoder, Codec, autoencoder
@@ -66,6 +68,7 @@ TAESD: dict[str, Any] = {
     **{f"{part}_block_out_channels": (8,) * 4 for part in ("encoder", "decoder")},
     **{f"num_{part}_blocks": (1,) * 4 for part in ("encoder", "decoder")},
 }
+VIDEO: dict[str, Any] = {"block_out_channels": (4,) * 4, "layers_per_block": 1, "norm_num_groups": 2}
 MEAN, STD = (0.1, -0.7, 0.3, 0.05), (1.3, 0.4, 2.1, 0.9)
 
 
@@ -347,6 +350,136 @@ def test_what_is_no_such_autoencoder_gets_one_line(folders: dict[str, Path], tmp
     AutoencoderKL(**KL, in_channels=1, out_channels=1).save_pretrained(tmp_path / "grey")
     with pytest.raises(DitkitError, match="is for images of 1 channels, and the codec is for RGB"):
         Autoencoder.of(tmp_path / "grey").encode(images)
+
+
+# --------------------------------------------------------------------------------------------------------------- videos
+
+
+@pytest.fixture(scope="module")
+def video_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Kandinsky 5's class of autoencoders of videos; only the widths are not the published ones."""
+    folder = tmp_path_factory.mktemp("video") / "vae"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoencoderKLHunyuanVideo(**VIDEO).save_pretrained(folder)
+    return folder
+
+
+def video_reference(folder: Path) -> Any:
+    """Without gradients: torch rounds a Linear whose weights want some otherwise, by 1e-7."""
+    return AutoencoderKLHunyuanVideo.from_pretrained(folder).eval().requires_grad_(False)
+
+
+def clips(count: int, frames: int, height: int = 16, width: int = 8) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (count, 3, frames, height, width), dtype=torch.uint8, generator=generator)
+
+
+def video_bytes(decoded: Tensor) -> Tensor:
+    """As Kandinsky 5's pipeline writes a video."""
+    theirs: Any = VideoProcessor().postprocess_video(decoded, output_type="np")
+    return torch.from_numpy((theirs * 255).round()).permute(0, 4, 1, 2, 3).byte()
+
+
+@pytest.mark.parametrize("frames", [1, 5, 9, 21])  # more than 16 are cut along time
+@torch.no_grad()
+def test_latents_of_videos_and_videos_are_those_of_diffusers(frames: int, video_folder: Path) -> None:
+    vae = video_reference(video_folder)
+    codec = Autoencoder.of(video_folder)
+    assert (codec.channels, codec.factor, codec.frames, codec.scale, codec.shift) == (16, 8, 4, 0.476986, 0.0)
+    assert from_json(json.loads(json.dumps(to_json(codec)))) == codec
+    videos = clips(2, frames)
+    posterior = vae.encode(videos / 127.5 - 1).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(5))
+    wanted = posterior.sample(torch.Generator().manual_seed(5)) * vae.config.scaling_factor
+    assert wanted.shape == (2, 16, 1 + (frames - 1) // 4, 2, 1)
+    assert codec.shape((3, frames, 16, 8)) == tuple(wanted.shape[1:])
+    assert wanted.std() > 0.02
+    assert torch.equal(codec.encode(videos, Replay({"codec": noise})), wanted)
+    mean = posterior.mean * vae.config.scaling_factor
+    assert torch.equal(codec.encode(videos), mean)
+    assert torch.equal(replace(codec, sample=False).encode(videos, Replay({"codec": noise})), mean)
+    assert torch.equal(codec.drawn(codec.moments(videos), Replay({"codec": noise})), wanted)
+    decoded = codec.decode(wanted)
+    assert torch.equal(decoded, video_bytes(vae.decode(wanted / vae.config.scaling_factor).sample))
+    assert decoded.shape == videos.shape
+    assert decoded.float().std() > 1
+
+
+@torch.no_grad()
+def test_videos_are_tiled_and_sliced_as_by_diffusers(video_folder: Path) -> None:
+    vae = video_reference(video_folder)
+    codec = Autoencoder.of(video_folder)
+    small = {f"tile_sample_min_{side}": 16 for side in ("height", "width")}
+    small |= {f"tile_sample_stride_{side}": 8 for side in ("height", "width")}
+    codec.model().enable_tiling(**small)
+    videos = clips(2, 5, 32, 24)
+    whole = codec.encode(videos)
+    vae.enable_tiling(**small)
+    vae.use_slicing = True
+    tiled = replace(codec, tiling=True, slicing=True)
+    z = vae.encode(videos / 127.5 - 1).latent_dist.mean * vae.config.scaling_factor
+    assert torch.equal(tiled.encode(videos), z)
+    assert not torch.allclose(whole, z, atol=1e-3)
+    assert torch.equal(tiled.decode(z), video_bytes(vae.decode(z / vae.config.scaling_factor).sample))
+    assert torch.equal(codec.encode(videos), whole)
+
+
+@torch.no_grad()
+def test_statistics_of_channels_are_of_the_channels_of_videos(video_folder: Path) -> None:
+    means, stds = tuple(0.1 * i for i in range(16)), tuple(1 + 0.1 * i for i in range(16))
+    videos, plain = clips(1, 5), Autoencoder.of(video_folder, scale=1.0)
+    codec = replace(plain, means=means, stds=stds)
+    latents, z = codec.encode(videos), plain.encode(videos)
+    for i in range(16):
+        assert torch.allclose(latents[:, i], (z[:, i] - means[i]) / stds[i], atol=1e-6)
+    assert torch.equal(codec.decode(latents), plain.decode(latents * by_video(stds) + by_video(means)))
+
+
+def by_video(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values).view(1, -1, 1, 1, 1)
+
+
+@torch.no_grad()
+def test_an_image_is_a_video_of_one_frame_where_the_network_wants_it(folders: dict[str, Path], images: Tensor) -> None:
+    """Kandinsky 5's images: FLUX.1's latents without the shift, with an axis of one frame."""
+    vae = reference("flux.1", folders["flux.1"])
+    codec = Autoencoder.of(folders["flux.1"], one_frame=True, shift=0.0)
+    assert codec.shape((3, 32, 16)) == (16, 1, 16, 8)
+    posterior = vae.encode(images / 127.5 - 1).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(5))
+    wanted = posterior.sample(torch.Generator().manual_seed(5)) * vae.config.scaling_factor
+    latents = codec.encode(images, Replay({"codec": noise[:, :, None]}))
+    assert torch.equal(latents, wanted[:, :, None])
+    assert torch.equal(codec.decode(latents), in_bytes(vae.decode(wanted / vae.config.scaling_factor).sample))
+
+
+def test_what_is_no_such_video_gets_one_line(video_folder: Path, folders: dict[str, Path], images: Tensor) -> None:
+    codec, first = Autoencoder.of(video_folder), Autoencoder.of(folders["stable diffusion"])
+    for frames, near in ((2, "1 or 5"), (4, "1 or 5"), (8, "5 or 9"), (122, "121 or 125")):
+        with pytest.raises(DitkitError, match=f"videos of 1 \\+ 4 k frames, and a video has {frames}: give {near}$"):
+            codec.encode(clips(1, frames))
+        with pytest.raises(DitkitError, match=f"a video has {frames}"):
+            codec.shape((3, frames, 16, 8))
+    for call, says in (
+        (lambda: codec.encode(images), r"for videos \[3 t h w\].*divisible by 8, and a sample is \[3, 32, 16\]"),
+        (lambda: codec.encode(clips(1, 5, 12)), r"divisible by 8, and a sample is \[3, 5, 12, 8\]"),
+        (lambda: codec.encode(clips(1, 5)[:, :1]), r"a sample is \[1, 5, 16, 8\]"),
+        (lambda: first.encode(clips(1, 5)), r"for images \[3 h w\].*a sample is \[3, 5, 16, 8\]"),
+        (
+            lambda: replace(codec, frames=8).encode(clips(1, 9)),
+            r"videos of 4 frames in one latent: set codec\.frames 4",
+        ),
+        (lambda: replace(first, frames=4).encode(clips(1, 5)), r"is for images: set codec\.frames None"),
+        (lambda: Autoencoder.of(video_folder, one_frame=True), r"codec\.one_frame is for one of images"),
+        (lambda: replace(codec, frames=0), r"codec\.frames is at least 1"),
+    ):
+        with pytest.raises(DitkitError, match=says) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+# --------------------------------------------------------------------------------------------------------------- import
 
 
 @pytest.mark.parametrize(

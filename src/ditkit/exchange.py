@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .averaging import decay_name
 from .codecs import Autoencoder, Pixels, TokenIds
-from .conditioners import Label
+from .conditioners import Label, RandomText
 from .conditioning import Conditioning
 from .config import DitkitError, registered_as, to_json
 from .data import Elsewhere
@@ -103,7 +103,7 @@ def imported(
     recipe = Recipe(
         data=Elsewhere(str(path)),
         codec=codec,
-        conditioner=Label(_classes(found)),
+        conditioner=_conditioner(found),
         model=found.config,
         denoiser=found.denoiser,
         objective=found.format.objective(found.config, found.denoiser),
@@ -147,6 +147,11 @@ def _said(found: Found, codec: Any) -> list[str]:
         lines.append(
             f"nothing was downloaded: to sample, get {codec.path} (hf download {codec.path}), or --autoencoder"
         )
+    if _reads(config):
+        lines.append(
+            "it reads a text, and no encoder of texts is here: ditkit sample gives it one random token instead, the "
+            "same for all samples"
+        )
     return lines
 
 
@@ -170,28 +175,47 @@ def _codec(found: Found, autoencoder: str | None) -> Any:
         if autoencoder is not None:
             raise DitkitError(f"{found.format.title} works on pixels: leave out --autoencoder")
         return Pixels()
-    if len(found.config.shape) != 3:
-        raise DitkitError(
-            f"{found.path} is a {found.format.title}, a network of videos, for which there is no codec yet: read it in "
-            "Python with ditkit.interop.read"
-        )
-    channels = found.config.in_channels
+    channels, video = found.config.in_channels, found.format.video
+    fields: dict[str, Any] = {}
+    if video and found.config.shape[1] == 1:
+        # Kandinsky 5 does not shift FLUX.1's latents, whatever the file says
+        fields = {"shift": 0.0, "one_frame": True}
     inside = None if found.source.folder is None else found.source.folder / "vae"
     if autoencoder is None and (inside is None or not inside.is_dir()):
-        if channels != 4:
-            return Autoencoder("", channels=channels)
+        if channels != 4 or video:
+            return Autoencoder("", channels=channels, **fields)
         return Autoencoder(scale=0.18215, shift=0.0, channels=channels, factor=8, means=(), stds=())
     folder = Path(autoencoder).expanduser() if autoencoder is not None else inside
     assert folder is not None
     if not folder.exists():
-        return Autoencoder(str(autoencoder), download=True, channels=channels)
+        return Autoencoder(str(autoencoder), download=True, channels=channels, **fields)
     codec = Autoencoder.of(folder.resolve())
+    makes, draws = codec.frames is not None, video and not fields
+    if makes != draws:
+        kinds = ("images", "videos")
+        raise DitkitError(
+            f"{folder} is an autoencoder of {kinds[makes]}, and the model draws {kinds[draws]}: give its own with "
+            "--autoencoder"
+        )
+    codec = replace(codec, **fields)
     if codec.channels != channels:
         raise DitkitError(
             f"{folder} makes latents of {codec.channels} channels, and the model takes {channels}: give its own with "
             "--autoencoder"
         )
     return codec
+
+
+def _reads(config: Any) -> bool:
+    """Whether a network is given a text."""
+    return hasattr(config, "text_dim")
+
+
+def _conditioner(found: Found) -> Label:
+    """The classes; of a network that reads a text what stands in for one."""
+    if _reads(found.config):
+        return RandomText(width=found.config.text_dim, pooled=getattr(found.config, "pooled_dim", 0))
+    return Label(_classes(found))
 
 
 def _classes(found: Found) -> tuple[str, ...]:
@@ -216,11 +240,11 @@ def export_run(
 ) -> list[str]:
     """Write the weights of a run, or of a checkpoint, as published ones; lines that say what was written.
 
-    form: "official" (DiT, SiT, JiT, ADM, PixArt, Sana: .pt, .pth or .safetensors; Drax: a folder), "diffusers" (the
-    folder of a DiTPipeline; of PixArt, Sana and SD3 that of the transformer) or "lora" (only the adapters of a run that
-    has some; .safetensors). ema, ema_std: as in `load`. approximate: write a DiT with the release's time frequencies
-    for diffusers, which computes others. Raises DitkitError for what the layout cannot express, and for an `out` that
-    exists.
+    form: "official" (DiT, SiT, JiT, ADM, PixArt, Sana: .pt, .pth or .safetensors; Kandinsky 5: .safetensors; Drax: a
+    folder), "diffusers" (the folder of a DiTPipeline; of families that read a text that of the transformer) or "lora"
+    (only the adapters of a run that has some; .safetensors). ema, ema_std: as in `load`. approximate: write a DiT with
+    the release's time frequencies for diffusers, which computes others. Raises DitkitError for what the layout cannot
+    express, and for an `out` that exists.
     """
     out = Path(out)
     if out.exists():
@@ -260,7 +284,7 @@ def _adapters(config: Any, meaning: Any, weights: dict[str, Tensor], name: str, 
 
 def _official(checkpoint: Checkpoint, recipe: Recipe, tensors: dict[str, Tensor], name: str, out: Path) -> list[str]:
     """tensors: the weights that are exported; name: what they are called."""
-    own = [form for form in FORMATS if form is not DIFFUSERS and not form.diffusers]
+    own = [form for form in FORMATS if form is not DIFFUSERS and (form.official or not form.diffusers)]
     kinds = [form for form in own if isinstance(recipe.model, form.model)]
     if not kinds:
         raise DitkitError(f"a {type(recipe.model).__name__.removesuffix('Config')} was never published by its authors")
@@ -271,7 +295,7 @@ def _official(checkpoint: Checkpoint, recipe: Recipe, tensors: dict[str, Tensor]
     chosen = kinds[refusals.index(None)]
     model = meta(recipe.model)
     weights = chosen.write(model, tensors)
-    if chosen.settings is not None:
+    if chosen.settings is not None and not chosen.official:
         held = f"{chosen.file}, with its settings"
         atomic_write(out, lambda folder: fill(chosen, recipe.model, recipe.denoiser, weights, folder))
     elif out.suffix == ".safetensors":

@@ -10,19 +10,27 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import AutoencoderKLHunyuanVideo
 from diffusers.models.transformers import transformer_kandinsky as reference
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
+from ditkit.cli import main
+from ditkit.codecs import Autoencoder
 from ditkit.conditioning import Conditioning, Tokens
 from ditkit.config import DitkitError
 from ditkit.diffusion import Linear, Meaning
-from ditkit.exchange import import_file
-from ditkit.interop import FORMATS, KANDINSKY5, kandinsky5_settings, read
+from ditkit.diffusion.grid import SD3
+from ditkit.exchange import export_run, import_file
+from ditkit.interop import FORMATS, KANDINSKY5, kandinsky5_settings, read, save
+from ditkit.interop import SD3 as SD3_FILE
 from ditkit.interop.table import read_table
 from ditkit.layers import Nabla, SlidingTiles
-from ditkit.models import Kandinsky5, Kandinsky5Config
+from ditkit.models import Kandinsky5, Kandinsky5Config, create_model
+from ditkit.pipeline import load
+from ditkit.rng import Rng
 
 COMMON: dict[str, Any] = {
     "in_visual_dim": 4, "out_visual_dim": 4, "in_text_dim": 20, "in_text_dim2": 12, "time_dim": 32,
@@ -248,8 +256,119 @@ def test_read_table_is_the_inverse_of_write_table() -> None:
     assert all(torch.equal(back[name], state[name]) for name in state)
 
 
-def test_the_command_line_says_what_it_cannot_do_yet(tmp_path: Path) -> None:
-    theirs(**CASES[0][0]).save_pretrained(tmp_path / "one")
-    with pytest.raises(DitkitError, match=r"a network of videos, for which there is no codec yet"):
-        import_file(tmp_path / "one", tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+# pipelines as runs
+
+
+VIDEO: dict[str, Any] = {"block_out_channels": (4,) * 4, "layers_per_block": 1, "norm_num_groups": 2}
+IMAGE: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "block_out_channels": (8, 16), "norm_num_groups": 4, "scaling_factor": 0.3611, "shift_factor": 0.1159,
+}  # fmt: skip
+SIZE = {"videos": (3, 4, 2), "images": (1, 8, 6)}
+
+
+def published(kind: str, folder: Path) -> tuple[Any, Any]:
+    """The network and the autoencoder of a pipeline, in its folder."""
+    model = theirs(**CASES[kind == "images"][0])
+    model.save_pretrained(folder / "transformer")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae: Any = AutoencoderKL(**IMAGE) if kind == "images" else AutoencoderKLHunyuanVideo(**VIDEO, latent_channels=4)
+    vae.save_pretrained(folder / "vae")
+    return model, vae.eval()
+
+
+@pytest.mark.parametrize("kind", SIZE)
+@torch.no_grad()
+def test_a_pipeline_becomes_a_run_that_samples_and_goes_back(kind: str, tmp_path: Path) -> None:
+    model, vae = published(kind, tmp_path / "pipe")
+    run, lines = import_file(tmp_path / "pipe", tmp_path / "run", options={"input_size": SIZE[kind]})
+    assert "one random token" in lines[-1]
+    recipe = run.recipe()
+    image = kind == "images"
+    fields = {"one_frame": True, "shift": 0.0} if image else {}
+    assert recipe.codec == Autoencoder.of(tmp_path / "pipe" / "vae", **fields)
+    assert (recipe.codec.frames, recipe.codec.shift) == (None if image else 4, 0.0)
+    assert (recipe.denoiser, recipe.model.given_channels) == (Meaning(Linear(), "velocity", "1000t"), not image)
+    assert recipe.sample.grid == SD3(3.0 if image else 10.0)
+
+    pipeline = load(run.folder, device="cpu")
+    samples = pipeline.sample(count=2, steps=2, seed=4)
+    assert samples.shape == ((2, 3, 16, 12) if image else (2, 3, 9, 32, 16))
+    # the same by hand: Euler's two steps with their network, their autoencoder
+    x = pipeline.denoiser.prior(Rng(4).at(0, torch.arange(2)), recipe.model.shape)
+    cond, shift = recipe.conditioner.null(2), 3.0 if image else 10.0
+    assert cond.text is not None
+    cond = replace(cond, text=Tokens(cond.text.values[:, :1], cond.text.mask[:, :1]))  # they attend to padding
+    middle = shift / 2 / (1 + (shift - 1) / 2)
+    for t, s in ((1.0, middle), (middle, 0.0)):
+        given = x if image else torch.cat((x, torch.zeros_like(x), torch.zeros_like(x[:, :1])), 1)
+        x = x + (s - t) * call(model, given, torch.full((2,), 1000 * t), cond, recipe.model.scale_factor)
+    z = x / vae.config.scaling_factor
+    wanted = vae.decode(z[:, :, 0] if image else z).sample * 127.5 + 127.5
+    assert wanted.std() > 3
+    assert_close(samples.float(), wanted.clamp(0, 255), rtol=0, atol=0.51)  # half a byte is rounded
+
+    export_run(run.folder, "diffusers", tmp_path / "there")
+    again: Any = reference.Kandinsky5Transformer3DModel.from_pretrained(tmp_path / "there")
+    said, first = ({k: v for k, v in json.loads(m.to_json_string()).items() if k[0] != "_"} for m in (again, model))
+    assert said == first
+    export_run(run.folder, "official", tmp_path / "official.safetensors")
+    for back in (again.state_dict(), load_file(tmp_path / "official.safetensors")):
+        assert back.keys() == model.state_dict().keys()
+        assert all(torch.equal(back[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_transformer_and_its_autoencoder_on_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, _ = published("videos", tmp_path / "pipe")
+    save_file(model.state_dict(), tmp_path / "lite.safetensors")
+    vae, out = str(tmp_path / "pipe" / "vae"), str(tmp_path / "run")
+    words = ["import", str(tmp_path / "lite.safetensors"), "--autoencoder", vae, "--model.axes", "4", "6", "6"]
+    assert main([*words, "--model.input-size", "2", "4", "2", "--out", out]) == 0
+    assert main(["sample", out, "--count", "2", "--steps", "2", "--out", str(tmp_path / "two.gif")]) == 0
+    assert (tmp_path / "two.gif").read_bytes().startswith(b"GIF")
+    capsys.readouterr()
+    for size in (["4", "2"], ["1", "2", "4", "2"]):
+        assert main([*words, "--model.input-size", *size, "--out", str(tmp_path / "no")]) == 1
+        error = capsys.readouterr().err
+        assert "FRAMES ROWS COLUMNS" in error
+        assert error.count("\n") == 1
+
+
+def test_an_autoencoder_of_another_kind_is_refused(tmp_path: Path) -> None:
+    for kind in SIZE:
+        published(kind, tmp_path / kind)
+    AutoencoderKLHunyuanVideo(**VIDEO).save_pretrained(tmp_path / "wide")
+    for kind, other, says in (
+        ("videos", "images/vae", "is an autoencoder of images, and the model draws videos"),
+        ("images", "videos/vae", "is an autoencoder of videos, and the model draws images"),
+        ("videos", "wide", "makes latents of 16 channels, and the model takes 4"),
+    ):
+        with pytest.raises(DitkitError, match=says):
+            import_file(tmp_path / kind, tmp_path / "run", autoencoder=str(tmp_path / other))
+        assert not (tmp_path / "run").exists()
+    meaning = Meaning(Linear(), "velocity", "1000t")
+    save(SD3_FILE, create_model("mmdit_tiny"), meaning, tmp_path / "sd3.safetensors")
+    with pytest.raises(DitkitError, match=r"sd3, whose --model\.input-size is one side, or ROWS COLUMNS, not"):
+        read(tmp_path / "sd3.safetensors", FORMATS, options={"num_heads": 4, "input_size": (1, 8, 8)})
+    with pytest.raises(DitkitError, match="is an autoencoder of videos, and the model draws images"):
+        import_file(
+            tmp_path / "sd3.safetensors", tmp_path / "run", autoencoder=str(tmp_path / "wide"), options={"num_heads": 4}
+        )
+
+
+def test_the_network_that_edits_images_is_known_by_its_autoencoder(tmp_path: Path) -> None:
+    """It is given a latent and a mask, as networks of videos are; and it may come alone."""
+    model = theirs(**CASES[0][0])
+    model.save_pretrained(tmp_path / "edit" / "transformer")
+    AutoencoderKL(**IMAGE).save_pretrained(tmp_path / "edit" / "vae")
+    recipe = import_file(tmp_path / "edit", tmp_path / "one")[0].recipe()
+    assert (recipe.model.input_size, recipe.model.scale_factor) == ((1, 128, 128), (1.0, 1.0, 1.0))
+    assert (recipe.model.given_channels, recipe.codec.one_frame, recipe.sample.grid) == (True, True, SD3(3.0))
+    model.save_pretrained(tmp_path / "alone")
+    run, lines = import_file(tmp_path / "alone", tmp_path / "two")
+    assert run.recipe().codec == Autoencoder("", channels=4)
+    assert run.recipe().model.input_size == (31, 64, 96)
+    assert any("give its own autoencoder" in line for line in lines)

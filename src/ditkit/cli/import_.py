@@ -39,7 +39,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--weights", metavar="NAME", help="which of the sets in the file (default: its average)")
     parser.add_argument("--out", type=Path, help="the run folder (default: runs/FILE)")
-    parser.add_argument("--autoencoder", metavar="FOLDER_OR_NAME", help="an AutoencoderKL, for a model of latents")
+    parser.add_argument(
+        "--autoencoder", metavar="FOLDER_OR_NAME", help="an autoencoder of diffusers, for a model of latents"
+    )
     parser.add_argument("--model.num-heads", dest="num_heads", type=int, help="where the size is not a published one")
     parser.add_argument("--model.in-context-start", dest="in_context_start", type=int, help="the same, for JiT")
     heads = "the same, for a U-Net that says so instead"
@@ -51,19 +53,26 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     null = "whether the last label of a U-Net is the null label"
     parser.add_argument("--model.null-label", dest="null_label", action="store_true", default=None, help=null)
     parser.add_argument(
-        "--model.input-size", dest="input_size", type=int, nargs="+", help="where the input is not square: ROWS COLUMNS"
+        "--model.input-size",
+        dest="input_size",
+        type=int,
+        nargs="+",
+        help="where the input is not square: ROWS COLUMNS; of videos FRAMES ROWS COLUMNS of their latents",
     )
+    axes = "channels of a head that turn by each axis, where the heads are not published ones"
+    parser.add_argument("--model.axes", dest="axes", type=int, nargs="+", help=axes)
 
 
 def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     size = args.input_size
-    if size is not None and len(size) > 2:
-        raise DitkitError(f"--model.input-size is one side, or ROWS COLUMNS, not {size}")
+    if size is not None and len(size) > 3:
+        raise DitkitError(f"--model.input-size is one side, ROWS COLUMNS, or FRAMES ROWS COLUMNS, not {size}")
     from ..exchange import import_file
     from ..parts import import_part
 
     said = {name: getattr(args, name) for name in OPTIONS}
     said["input_size"] = None if size is None else size[0] if len(size) == 1 else tuple(size)
+    said["axes"] = None if args.axes is None else tuple(args.axes)
     said["places"] = args.places
     options = {key: value for key, value in said.items() if value is not None}
     if args.base is not None:

@@ -39,6 +39,8 @@ class _Class:
     """The attribute of what `encode` returns; latent_dist is a posterior to draw from."""
     patch: int = 1
     """Latents of patch x patch positions are joined to one, with statistics from the weights."""
+    frames: int | None = None
+    """Frames of a video in one latent where config.json does not say it; None = the class is for images."""
 
 
 _CLASSES = {
@@ -46,6 +48,9 @@ _CLASSES = {
     "AutoencoderKLFlux2": _Class("autoencoder_kl_flux2", "block_out_channels", 4, 32, 1.0, patch=2),
     "AutoencoderDC": _Class("autoencoder_dc", "encoder_block_out_channels", 6, 32, 1.0, output="latent"),
     "AutoencoderTiny": _Class("autoencoder_tiny", "encoder_block_out_channels", 4, 4, 1.0, output="latents"),
+    "AutoencoderKLHunyuanVideo": _Class(
+        "autoencoder_kl_hunyuan_video", "block_out_channels", 4, 16, 0.476986, frames=4
+    ),
 }
 
 
@@ -53,7 +58,8 @@ _CLASSES = {
 @dataclass(frozen=True)
 class Autoencoder(Stateless):
     """Images to latents [b channels h/factor w/factor] and back, by AutoencoderKL (Stable Diffusion, SDXL, SD3,
-    FLUX.1), AutoencoderKLFlux2, AutoencoderDC (Sana) or AutoencoderTiny of diffusers, in float32.
+    FLUX.1), AutoencoderKLFlux2, AutoencoderDC (Sana) or AutoencoderTiny of diffusers; videos of 1 + frames k frames to
+    latents [b channels 1+k h/factor w/factor] by AutoencoderKLHunyuanVideo (Kandinsky 5); in float32.
 
     Of what the autoencoder says, z, the latents are (z - shift) scale, or (z - mean) scale / std where it has
     statistics of each channel. They bring the latents near standard deviation 1 and are a part of what a network was
@@ -73,15 +79,21 @@ class Autoencoder(Stateless):
     channels: int | None = None
     factor: int | None = None
     """Pixels of an image in one latent, along a side."""
+    frames: int | None = None
+    """Frames of a video in one latent, after the first frame, which has its own; None for images."""
+    one_frame: bool = False
+    """Latents of an image as those of a video of one frame, [channels 1 h w], as Kandinsky 5's network of images takes
+    them."""
     sample: bool = True
     """Encode to a draw from the posterior, as DiT does; False = to its mean. AutoencoderDC and AutoencoderTiny have no
     posterior."""
     means: tuple[float, ...] | None = None
     stds: tuple[float, ...] | None = None
     tiling: bool = False
-    """Images larger than the autoencoder was trained on, as overlapping tiles: less memory, other latents."""
+    """Images larger than the autoencoder was trained on, as overlapping tiles: less memory, other latents. Videos of
+    more than 16 frames are cut along time in any case, as in diffusers."""
     slicing: bool = False
-    """One image of a batch at a time: less memory."""
+    """One image or video of a batch at a time: less memory."""
 
     def __post_init__(self) -> None:
         folder = os.path.abspath(os.path.expanduser(self.path))
@@ -93,6 +105,11 @@ class Autoencoder(Stateless):
             raise DitkitError(
                 f"codec.channels and codec.factor must be at least 1 and codec.scale above 0, not {self.channels}, "
                 f"{self.factor} and {self.scale}"
+            )
+        if self.frames is not None and (self.frames < 1 or self.one_frame):
+            raise DitkitError(
+                f"codec.frames is at least 1, of an autoencoder of videos, and codec.one_frame is for one of images: "
+                f"they are {self.frames} and {self.one_frame}"
             )
         means, stds = self.means or (), self.stds or ()
         fits = len(means) == len(stds) and (self.channels is None or len(means) in (0, self.channels))
@@ -145,38 +162,53 @@ class Autoencoder(Stateless):
         return replace(self, **found)
 
     def shape(self, sample: tuple[int, ...]) -> tuple[int, ...]:
-        """Raises DitkitError for what is no RGB image, or is not tiled by the factor."""
+        """Raises DitkitError for what is no RGB image, or video where it is for those, or is not tiled by the factor or
+        by the frames."""
         codec = self.filled()
         assert codec.channels is not None
         assert codec.factor is not None
-        if len(sample) != 3 or sample[0] != 3 or sample[1] % codec.factor or sample[2] % codec.factor:
+        colours, *inner, height, width = sample if len(sample) > 2 else (0, 0, 0)
+        if colours != 3 or len(inner) != (codec.frames is not None) or height % codec.factor or width % codec.factor:
+            kind = "images [3 h w]" if codec.frames is None else "videos [3 t h w]"
             raise DitkitError(
-                f"the codec autoencoder is for images [3 h w] with sides divisible by {codec.factor}, and a sample is "
+                f"the codec autoencoder is for {kind} with sides divisible by {codec.factor}, and a sample is "
                 f"{list(sample)}: change --data.resolution, or choose another codec"
             )
-        return codec.channels, sample[1] // codec.factor, sample[2] // codec.factor
+        time = (1,) if codec.one_frame else ()
+        if codec.frames is not None:
+            latents, rest = divmod(inner[0] - 1, codec.frames)
+            if rest:
+                below = inner[0] - rest
+                raise DitkitError(
+                    f"the autoencoder {self.path} is for videos of 1 + {codec.frames} k frames, and a video has "
+                    f"{inner[0]}: give {below} or {below + codec.frames}"
+                )
+            time = (1 + latents,)
+        return codec.channels, *time, height // codec.factor, width // codec.factor
 
     def fitted(self, data: Samples) -> Self:
         """With all that its files say, so that the recipe says it. Raises DitkitError if they cannot be had."""
         return self.filled()
 
     @torch.no_grad()
-    def encode(self, data: UInt8[Tensor, "b 3 h w"], rng: Draw | None = None) -> Float[Tensor, "b c h/f w/f"]:
-        """Without `rng`, the mean of the posterior. Raises DitkitError if the autoencoder cannot be had."""
+    def encode(self, data: UInt8[Tensor, "b 3 *t h w"], rng: Draw | None = None) -> Float[Tensor, "b c *k h/f w/f"]:
+        """Without `rng`, the mean of the posterior. Raises DitkitError as `shape`, and if there is no autoencoder."""
         return self.drawn(self.moments(data), rng)
 
     @torch.no_grad()
-    def moments(self, data: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b m c h/f w/f"]:
-        """Of the autoencoder's own z. Raises DitkitError if the autoencoder cannot be had."""
-        _, kind, model = self._ready(data.device)
+    def moments(self, data: UInt8[Tensor, "b 3 *t h w"]) -> Float[Tensor, "b m c *k h/f w/f"]:
+        """Of the autoencoder's own z. Raises DitkitError as `shape`, and if there is no autoencoder."""
+        codec, kind, model = self._ready(data.device)
+        codec.shape(tuple(data.shape[1:]))
         found = getattr(model.encode(data.float() / 127.5 - 1), kind.output)
         if kind.output != "latent_dist":
             moments = (found,)
         else:
             moments = (found.mean, found.std) if self.sample else (found.mean,)
-        return torch.stack([F.pixel_unshuffle(moment, kind.patch) for moment in moments], 1)
+        stacked = torch.stack([F.pixel_unshuffle(moment, kind.patch) for moment in moments], 1)
+        return stacked.unsqueeze(3) if self.one_frame else stacked
 
-    def drawn(self, moments: Float[Tensor, "b m c h w"], rng: Draw | None = None) -> Float[Tensor, "b c h w"]:
+    def drawn(self, moments: Float[Tensor, "b m c *k h w"], rng: Draw | None = None) -> Float[Tensor, "b c *k h w"]:
         codec, z = self.filled(), draw(moments, rng)
         assert codec.scale is not None
         assert codec.shift is not None
@@ -186,7 +218,7 @@ class Autoencoder(Stateless):
         return (z - codec.shift) * codec.scale
 
     @torch.no_grad()
-    def decode(self, x0: Float[Tensor, "b c h/f w/f"]) -> UInt8[Tensor, "b 3 h w"]:
+    def decode(self, x0: Float[Tensor, "b c *k h/f w/f"]) -> UInt8[Tensor, "b 3 *t h w"]:
         """Clips, and rounds to the nearest byte. Raises DitkitError if the autoencoder cannot be had."""
         codec, kind, model = self._ready(x0.device)
         if codec.means:
@@ -194,18 +226,20 @@ class Autoencoder(Stateless):
             z = x0.float() * std / codec.scale + mean
         else:
             z = x0.float() / codec.scale + codec.shift
-        image = model.decode(F.pixel_shuffle(z, kind.patch)).sample
+        image = model.decode(F.pixel_shuffle(z.squeeze(2) if self.one_frame else z, kind.patch)).sample
         return ((image * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
     def _by_channel(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, in the form that goes with z."""
-        mean, std = (torch.tensor(v, device=z.device)[:, None, None] for v in (self.means, self.stds))
+        each = (-1, *(1,) * (z.ndim - 2))
+        mean, std = (torch.tensor(v, device=z.device).view(each) for v in (self.means, self.stds))
         return mean, std
 
     def model(self, device: torch.device | str = "cpu") -> Any:
         """The autoencoder of diffusers in float32, loaded once for each path.
 
-        Raises DitkitError without diffusers, for a path that holds none, and for one of other channels or factor.
+        Raises DitkitError without diffusers, for a path that holds none, and for one of other channels, factor or
+        frames.
         """
         return self._ready(device)[2]
 
@@ -219,6 +253,9 @@ class Autoencoder(Stateless):
                 f"the autoencoder {self.path} has {found['channels']} channels and the factor {found['factor']}, "
                 f"not {codec.channels} and {codec.factor}: change codec.channels and codec.factor"
             )
+        if found["frames"] != codec.frames:
+            made = "images" if found["frames"] is None else f"videos of {found['frames']} frames in one latent"
+            raise DitkitError(f"the autoencoder {self.path} is for {made}: set codec.frames {found['frames']}")
         if (model.config.in_channels, model.config.get("out_channels", 3)) != (3, 3):
             raise DitkitError(
                 f"the autoencoder {self.path} is for images of {model.config.in_channels} channels, and the codec is "
@@ -234,14 +271,17 @@ class Autoencoder(Stateless):
 
 
 def _settings(kind: _Class, said: Mapping[str, Any]) -> dict[str, Any]:
-    """Scale, shift, channels, factor and statistics of latents, as a config.json says them."""
+    """Scale, shift, channels, factor, frames and statistics of latents, as a config.json says them."""
     levels = said.get(kind.levels)
+    factor = 2 ** ((kind.depth if levels is None else len(levels)) - 1) * kind.patch
+    video = kind.frames is not None
     means, stds = (tuple(map(float, said.get(name) or ())) for name in ("latents_mean", "latents_std"))
     return {
         "scale": float(said.get("scaling_factor", kind.scale)),
         "shift": float(said.get("shift_factor") or 0.0),
         "channels": int(said.get("latent_channels", kind.channels)) * kind.patch**2,
-        "factor": 2 ** ((kind.depth if levels is None else len(levels)) - 1) * kind.patch,
+        "factor": int(said.get("spatial_compression_ratio", factor)) if video else factor,
+        "frames": int(said.get("temporal_compression_ratio", kind.frames)) if video else None,
         "means": means,
         "stds": stds,
     }

@@ -57,6 +57,8 @@ class Format:
     part: what our names begin with that a file holds, where it holds a part of the model (a ControlNet's branch).
     constants: tensors of theirs that follow from the configuration; where a file has them, they must agree. settings:
     the JSON files of a folder, by their names in it, and file: where in it the weights are; none for a single file.
+    official: of a folder of diffusers, whether the authors' own file is its weights alone. video: whether the network
+    is of videos.
     """
 
     name: str
@@ -77,6 +79,8 @@ class Format:
     constants: Callable[[Any], Mapping[str, Tensor]] = lambda config: {}
     settings: Callable[[Any, Any], dict[str, dict[str, Any]]] | None = None
     file: str = ""
+    official: bool = False
+    video: bool = False
 
     @property
     def diffusers(self) -> bool:
@@ -151,6 +155,10 @@ def read(
     shapes = {key: entry.shape for key, entry in entries.items()}
     if not form.match(shapes):
         raise DitkitError(f"{path}: the weights {group!r} are not those of a {form.name}; take others with --weights")
+    size = (options or {}).get("input_size")
+    if size is not None and (1 if isinstance(size, int) else len(size)) not in ((3,) if form.video else (1, 2)):
+        wanted = "FRAMES ROWS COLUMNS of the latents" if form.video else "one side, or ROWS COLUMNS"
+        raise DitkitError(f"{path} is a {form.name}, whose --model.input-size is {wanted}, not {size}")
     try:
         config = form.config(source, shapes, options or {})
         meaning = form.denoiser(source, config)

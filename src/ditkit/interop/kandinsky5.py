@@ -60,8 +60,10 @@ def _config(source: Source, shapes: Shapes, options: Mapping[str, Any]) -> Kandi
             f"{' x '.join(map(str, patch))} that is neither x alone nor x with a latent and a mask"
         )
     given = seen != channels
+    # the network that edits images is given a latent, too; the autoencoder beside it is one of images
+    image = not given or source.json("vae/config.json").get("_class_name") == "AutoencoderKL"
     return Kandinsky5Config(
-        input_size=options.get("input_size", (31, 64, 96) if given else (1, 128, 128)),
+        input_size=options.get("input_size", (1, 128, 128) if image else (31, 64, 96)),
         patch_size=patch,
         in_channels=channels,
         given_channels=given,
@@ -73,7 +75,7 @@ def _config(source: Source, shapes: Shapes, options: Mapping[str, Any]) -> Kandi
         axes=tuple(axes),
         text_dim=shape(shapes, "text_embeddings.in_layer.weight", 2)[1],
         pooled_dim=shape(shapes, "pooled_text_embeddings.in_layer.weight", 2)[1],
-        scale_factor=options.get("scale_factor", (1.0, 2.0, 2.0) if given else (1.0, 1.0, 1.0)),
+        scale_factor=options.get("scale_factor", (1.0, 1.0, 1.0) if image else (1.0, 2.0, 2.0)),
         pattern=options.get("pattern", _pattern(said)),
     )
 
@@ -127,10 +129,14 @@ KANDINSKY5 = Format(
     sampling=lambda config: {
         "steps": 50,
         "solver": Euler(),
-        "grid": SD3(10.0 if config.given_channels else 3.0),
+        "grid": SD3(3.0 if config.input_size[0] == 1 else 10.0),
         "guidance": 1.0,
     },
     objective=lambda config, meaning: Regression("velocity", LogitNormal()),
+    settings=lambda config, meaning: {"config.json": kandinsky5_settings(config)},
+    file="diffusion_pytorch_model.safetensors",
+    official=True,
+    video=True,
 )
 
 
