@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ditkit.codecs import Autoencoder, Codec, autoencoder
 from ditkit.config import DitkitError, from_json, to_json
-from ditkit.exchange import import_file
+from ditkit.importing import import_file
 from ditkit.recipes import PUBLISHED
 from ditkit.rng import Replay
 from ditkit.runs import Run

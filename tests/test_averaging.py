@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ditkit.averaging import WIDEST, exponent, power_decay, reconstruction
 from ditkit.config import DitkitError
-from ditkit.exchange import export_run
+from ditkit.exporting import export_run
 from ditkit.interop import FORMATS, read
 from ditkit.pipeline import load
 from ditkit.recipe import Recipe, Sample, Train

@@ -17,7 +17,8 @@ from torch.testing import assert_close
 from ditkit.conditioning import Conditioning, Known, Tokens, cat
 from ditkit.config import DitkitError
 from ditkit.diffusion import DraxLoss, DraxPath, Jumps, Mixture, TokenMeaning, integrate, keep, marginal
-from ditkit.exchange import export_run, import_file
+from ditkit.exporting import export_run
+from ditkit.importing import import_file
 from ditkit.interop import DRAX, FORMATS, read
 from ditkit.models import DDiTConfig, Drax, DraxConfig, create_model, model_config
 from ditkit.models.drax import DraxMiddle

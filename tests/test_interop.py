@@ -28,7 +28,8 @@ from torch._utils import _rebuild_tensor_v2
 
 from ditkit.config import DitkitError
 from ditkit.diffusion import DDPM, Linear, Meaning
-from ditkit.exchange import export_run, import_file
+from ditkit.exporting import export_run
+from ditkit.importing import import_file
 from ditkit.interop import DIFFUSERS, DIT, FORMATS, JIT, SIT, Found, diffusers_settings, meta, read, size_name
 from ditkit.interop.source import Source
 from ditkit.models import DiTConfig, JiTConfig, UNetConfig, create_model, model_config
@@ -246,7 +247,7 @@ def test_a_large_file_in_shards_is_imported_without_a_second_copy_in_memory(tmp_
     )
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 2**20
     code = (
-        "import resource, sys; from ditkit.exchange import import_file; import diffusers\n"
+        "import resource, sys; from ditkit.importing import import_file; import diffusers\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
         "before = peak(); import_file(sys.argv[1], sys.argv[2]); print(peak() - before)"
     )

@@ -17,7 +17,7 @@ import ditkit
 from ditkit.cli import main
 from ditkit.conditioners import Edges
 from ditkit.config import DitkitError
-from ditkit.exchange import import_file, write_run
+from ditkit.importing import import_file, write_run
 from ditkit.interop import DIFFUSERS_SD3, Z_IMAGE, Z_IMAGE_CONTROL, save, write_adapters
 from ditkit.models import ControlConfig, LoRAConfig, merged
 from ditkit.parts import import_part

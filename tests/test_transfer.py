@@ -19,7 +19,7 @@ from ditkit.config import DitkitError
 from ditkit.data import Folder
 from ditkit.diffusion import DDIM, DDPM, Discrete, Meaning, Regression
 from ditkit.diffusion.grid import Leading
-from ditkit.exchange import import_file
+from ditkit.importing import import_file
 from ditkit.interop import transfer
 from ditkit.interop.transfer import patch_matrix
 from ditkit.layers import sincos_2d

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .conditioners import Edges
 from .config import DitkitError
-from .exchange import imported, new_run, write_run
+from .importing import imported, new_run, write_run
 from .interop import FORMATS, adapted, open_source, read, size_name
 from .models import ControlConfig, unadapted
 from .recipe import Recipe

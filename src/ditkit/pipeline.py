@@ -28,7 +28,7 @@ from .diffusion import (
     integrate,
     keep,
 )
-from .given import checked_control, checked_known, encoded_known
+from .given import checked_control, checked_embeddings, checked_known, encoded_known, needed
 from .interop import FORMATS, adapted
 from .models import Autoencoder, ControlConfig, Model, unadapted
 from .recipe import Recipe, Sample, device_of
@@ -43,9 +43,10 @@ _NOTHING = Conditioning()
 
 
 def _joined(cond: Conditioning, parts: Conditioning) -> Conditioning:
-    """What a person gives of the samples themselves beside what the conditioner makes."""
-    scalars = {**cond.scalars, **parts.scalars}
-    return dataclasses.replace(cond, known=parts.known, control=parts.control, scalars=scalars)
+    """What a person gives beside what the conditioner makes."""
+    names = ("text", "pooled", "audio", "known", "control")
+    given = {name: getattr(parts, name) for name in names if getattr(parts, name) is not None}
+    return dataclasses.replace(cond, **given, scalars={**cond.scalars, **parts.scalars})
 
 
 class Pipeline:
@@ -77,6 +78,8 @@ class Pipeline:
         count: int = 16,
         *,
         prompt: str | Sequence[str] | None = None,
+        embeddings: Conditioning | None = None,
+        negative: Conditioning | None = None,
         known: Known | None = None,
         control: UInt8[Tensor, "*n c h w"] | None = None,
         seed: int = 0,
@@ -88,17 +91,18 @@ class Pipeline:
         label: a class by name or number for all samples, one for each, or None for all classes in turn. Sample i
         depends on (seed, i), its label, its prompt and what is known of it alone, not on `count` or on the batch.
         prompt: what to draw, of a model that was trained with captions: one for all samples or one for each; None: the
-        empty one. known: a part of the sample that is given, in the form of the data, for all [*sample] or for each
-        [count *sample]; the rest is drawn, and what stands in `known.values` where `known.mask` is False changes
-        nothing. Latents are known where all pixels are that the mask has for them. control: a control image in the form
-        of the data for all samples, or one for each; without it a ControlNet is its base. settings: fields of `Sample`
-        that differ from the recipe's, such as steps=20, guidance=2.0, control_scale=0.8. progress(done, total) counts
-        solver steps. Raises DitkitError.
+        empty one. embeddings: what encoders made of texts or of speech, of a network whose recipe has none: text,
+        pooled, audio and scalars, one row for all samples or one for each; negative: the same of the texts that
+        guidance turns away from. known: a part of the sample that is given, in the form of the data, for all [*sample]
+        or for each [count *sample]; the rest is drawn, and what stands in `known.values` where `known.mask` is False
+        changes nothing. Latents are known where all pixels are that the mask has for them. control: a control image in
+        the form of the data for all samples, or one for each; without it a ControlNet is its base. settings: fields of
+        `Sample` that differ from the recipe's, such as steps=20, guidance=2.0, control_scale=0.8. progress(done, total)
+        counts solver steps. Raises DitkitError.
         """
-        stream = self.stream(
-            label, count, prompt=prompt, known=known, control=control, seed=seed, progress=progress, **settings
-        )
-        return torch.cat(list(stream))
+        given: dict[str, Any] = {"prompt": prompt, "embeddings": embeddings, "negative": negative}
+        given |= {"known": known, "control": control, "seed": seed, "progress": progress}
+        return torch.cat(list(self.stream(label, count, **given, **settings)))
 
     def stream(self, label: Any = None, count: int = 16, **given: Any) -> Iterator[Shaped[Tensor, "b *sample"]]:
         """As `sample`, one batch at a time."""
@@ -111,6 +115,8 @@ class Pipeline:
         count: int = 16,
         *,
         prompt: str | Sequence[str] | None = None,
+        embeddings: Conditioning | None = None,
+        negative: Conditioning | None = None,
         known: Known | None = None,
         control: UInt8[Tensor, "*n c h w"] | None = None,
         seed: int = 0,
@@ -120,6 +126,8 @@ class Pipeline:
         """As `stream`, not decoded: what was diffused, where the model is."""
         chosen, times = self.check(**settings)
         labels, texts = self.labels(label, count), self.texts(prompt, count)
+        away = any(isinstance(g, ClassifierFree) and g.null is None for g in chosen.all_guides())
+        strong, weak = checked_embeddings(self.recipe, embeddings, negative, count, away)
         given = None if known is None else checked_known(self.recipe, self.shape, known, count)
         images = None if control is None else checked_control(self.recipe, control, count, self.device)
         total = chosen.steps * -(-count // chosen.batch)
@@ -131,7 +139,7 @@ class Pipeline:
                 if progress is not None:
                     progress(done + k + 1, total)
 
-            parts = Conditioning()
+            parts = strong.rows(ids)
             if given is not None:
                 parts = dataclasses.replace(
                     parts, known=encoded_known(self.recipe, self.shape, given, ids, self.device)
@@ -139,9 +147,11 @@ class Pipeline:
             if images is not None:
                 scale = torch.full((len(ids),), chosen.control_scale)
                 encoded = self.recipe.control(images[ids].to(self.device))
-                parts = dataclasses.replace(parts, control=encoded, scalars={"control_scale": scale})
+                scalars = {**parts.scalars, "control_scale": scale}
+                parts = dataclasses.replace(parts, control=encoded, scalars=scalars)
+            both = parts, _joined(parts, weak.rows(ids))
             read = Given(None if labels is None else labels[ids], None if texts is None else texts[ids])
-            yield self._batch(chosen, read, parts, ids, times, seed, tick)
+            yield self._batch(chosen, read, both, ids, times, seed, tick)
 
     def like(self, split: Split, count: int) -> tuple[Tensor | None, dict[str, Any]]:
         """The labels of so many samples, spread evenly over a split, and what `sample` is given to draw their like:
@@ -190,7 +200,7 @@ class Pipeline:
             )
         if chosen.finish is not None and not chosen.all_guides():
             raise DitkitError("sample.finish is for what guides have done, and there is none: add guidance or a guide")
-        if not self.classes and not self.captioned and (away or chosen.guidance != 1):
+        if not self.classes and not self.captioned and not needed(self.recipe) and (away or chosen.guidance != 1):
             raise DitkitError(
                 "this model is unconditional and cannot be guided by classes: use guidance 1, or a guide that needs no "
                 "classes (autoguidance, perturbed_attention, skip_layer)"
@@ -211,9 +221,8 @@ class Pipeline:
         """
         chosen, times = self.check()
         few = times if len(times) <= 4 else (*times[:2], *times[-2:])
-        drawn = self._batch(
-            chosen, Given(self.labels(None, 2)), Conditioning(), torch.arange(2), few, 0, lambda k, x: None
-        )
+        read, nothing = Given(self.labels(None, 2)), (_NOTHING, _NOTHING)
+        drawn = self._batch(chosen, read, nothing, torch.arange(2), few, 0, lambda k, x: None)
         self.recipe.codec.decode(drawn)
 
     def sheet(self, data: Dataset) -> tuple[Shaped[Tensor, "n *sample"], int]:
@@ -234,7 +243,7 @@ class Pipeline:
 
     def guided(self, chosen: Sample, count: int, parts: Conditioning = _NOTHING) -> Denoiser | TokenDenoiser | Guided:
         """The denoiser with the chosen guides for a batch of `count`, of which weak opinions are given `parts`, too:
-        what is known, and a control.
+        what is known, a control, and the embeddings to turn away from.
 
         Raises DitkitError for what cannot guide it.
         """
@@ -304,18 +313,20 @@ class Pipeline:
         self,
         chosen: Sample,
         read: Given,
-        parts: Conditioning,
+        both: tuple[Conditioning, Conditioning],
         ids: Tensor,
         times: Sequence[float],
         seed: int,
         tick: Callable[[int, Tensor], None],
     ) -> Shaped[Tensor, "b *shape"]:
-        conditioner, known = self.recipe.conditioner, parts.known
+        """both: what a person gives, and what weak opinions are given of it."""
+        (parts, weak), conditioner = both, self.recipe.conditioner
+        known = parts.known
         cond = conditioner.null(len(ids)) if read.label is None and read.text is None else conditioner(read)
         cond = _joined(cond, parts).to(self.device)
         rng = Rng(seed).at(0, ids.to(self.device))
         x = self.denoiser.prior(rng, self.shape)
-        denoiser = self.guided(chosen, len(ids), parts)
+        denoiser = self.guided(chosen, len(ids), weak)
         if known is None:
             out = integrate(denoiser, chosen.solver, times, x, cond, rng, tick)
         else:

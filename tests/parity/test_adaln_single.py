@@ -18,7 +18,8 @@ from torch.testing import assert_close
 from ditkit.conditioning import Conditioning, Tokens
 from ditkit.config import DitkitError
 from ditkit.diffusion import DDPM, Linear, Meaning
-from ditkit.exchange import export_run, import_file
+from ditkit.exporting import export_run
+from ditkit.importing import import_file
 from ditkit.interop import DIFFUSERS_PIXART, DIFFUSERS_SANA, FORMATS, PIXART, SANA, Format, read, save
 from ditkit.models import Model, PixArtConfig, SanaConfig
 

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 from ditkit.conditioning import Conditioning
 from ditkit.config import DitkitError
-from ditkit.exchange import import_file
+from ditkit.importing import import_file
 from ditkit.interop import FORMATS, Z_IMAGE, Z_IMAGE_CONTROL, read, z_image_control_settings
 from ditkit.interop.table import their_shapes
 from ditkit.models import Control, ControlConfig, ZImageConfig, create_model, model_config

@@ -21,7 +21,8 @@ from ditkit.conditioning import Conditioning
 from ditkit.config import DitkitError, to_json
 from ditkit.diffusion import CFG, DDIM, DDPM, Meaning, guide, integrate
 from ditkit.diffusion.grid import Leading
-from ditkit.exchange import export_run, import_file
+from ditkit.exporting import export_run
+from ditkit.importing import import_file
 from ditkit.interop import DIFFUSERS, FORMATS, read
 from ditkit.layers.embeddings import sinusoid
 from ditkit.models import DiT, DiTConfig

@@ -23,7 +23,8 @@ from torch.testing import assert_close
 from ditkit.conditioning import Conditioning, Tokens
 from ditkit.config import DitkitError
 from ditkit.diffusion import Linear, Meaning
-from ditkit.exchange import export_run, import_file
+from ditkit.exporting import export_run
+from ditkit.importing import import_file
 from ditkit.interop import DIFFUSERS_FLUX, DIFFUSERS_FLUX2, FLUX, FLUX2, FORMATS, Format, read, save
 from ditkit.models import Flux, FluxConfig, Model
 

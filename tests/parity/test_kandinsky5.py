@@ -23,7 +23,8 @@ from ditkit.conditioning import Conditioning, Tokens
 from ditkit.config import DitkitError
 from ditkit.diffusion import Linear, Meaning
 from ditkit.diffusion.grid import SD3
-from ditkit.exchange import export_run, import_file
+from ditkit.exporting import export_run
+from ditkit.importing import import_file
 from ditkit.interop import FORMATS, KANDINSKY5, kandinsky5_settings, read, save
 from ditkit.interop import SD3 as SD3_FILE
 from ditkit.interop.table import read_table
@@ -283,7 +284,7 @@ def published(kind: str, folder: Path) -> tuple[Any, Any]:
 def test_a_pipeline_becomes_a_run_that_samples_and_goes_back(kind: str, tmp_path: Path) -> None:
     model, vae = published(kind, tmp_path / "pipe")
     run, lines = import_file(tmp_path / "pipe", tmp_path / "run", options={"input_size": SIZE[kind]})
-    assert "one random token" in lines[-1]
+    assert "it is given text [n 256 20], pooled [n 12], and no encoder that makes it is here" in lines[-1]
     recipe = run.recipe()
     image = kind == "images"
     fields = {"one_frame": True, "shift": 0.0} if image else {}
@@ -293,13 +294,14 @@ def test_a_pipeline_becomes_a_run_that_samples_and_goes_back(kind: str, tmp_path
     assert recipe.sample.grid == SD3(3.0 if image else 10.0)
 
     pipeline = load(run.folder, device="cpu")
-    samples = pipeline.sample(count=2, steps=2, seed=4)
+    generator = torch.Generator().manual_seed(6)
+    text = Tokens(torch.randn(2, 7, 20, generator=generator), torch.ones(2, 7, dtype=torch.bool))
+    cond = Conditioning(text=text, pooled=torch.randn(2, 12, generator=generator))
+    samples = pipeline.sample(count=2, steps=2, seed=4, embeddings=cond)
     assert samples.shape == ((2, 3, 16, 12) if image else (2, 3, 9, 32, 16))
     # the same by hand: Euler's two steps with their network, their autoencoder
     x = pipeline.denoiser.prior(Rng(4).at(0, torch.arange(2)), recipe.model.shape)
-    cond, shift = recipe.conditioner.null(2), 3.0 if image else 10.0
-    assert cond.text is not None
-    cond = replace(cond, text=Tokens(cond.text.values[:, :1], cond.text.mask[:, :1]))  # they attend to padding
+    shift = 3.0 if image else 10.0
     middle = shift / 2 / (1 + (shift - 1) / 2)
     for t, s in ((1.0, middle), (middle, 0.0)):
         given = x if image else torch.cat((x, torch.zeros_like(x), torch.zeros_like(x[:, :1])), 1)
@@ -327,7 +329,10 @@ def test_a_transformer_and_its_autoencoder_on_the_command_line(
     vae, out = str(tmp_path / "pipe" / "vae"), str(tmp_path / "run")
     words = ["import", str(tmp_path / "lite.safetensors"), "--autoencoder", vae, "--model.axes", "4", "6", "6"]
     assert main([*words, "--model.input-size", "2", "4", "2", "--out", out]) == 0
-    assert main(["sample", out, "--count", "2", "--steps", "2", "--out", str(tmp_path / "two.gif")]) == 0
+    texts = str(tmp_path / "texts.safetensors")
+    save_file({"text": torch.randn(1, 7, 20), "pooled": torch.randn(1, 12)}, texts)
+    sample = ["sample", out, "--count", "2", "--steps", "2", "--out", str(tmp_path / "two.gif")]
+    assert main([*sample, "--embeddings", texts]) == 0
     assert (tmp_path / "two.gif").read_bytes().startswith(b"GIF")
     capsys.readouterr()
     for size in (["4", "2"], ["1", "2", "4", "2"]):

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from ditkit.conditioning import Conditioning, Tokens
 from ditkit.config import DitkitError
 from ditkit.diffusion import Linear, Meaning
-from ditkit.exchange import import_file
+from ditkit.importing import import_file
 from ditkit.interop import DIFFUSERS_SD3, FORMATS, SD3, Format, read, save
 from ditkit.models import MMDiT, MMDiTConfig, Model
 

@@ -32,7 +32,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    from ..exchange import export_run
+    from ..exporting import export_run
 
     lines = export_run(
         args.run, args.format, args.out, ema=args.ema, ema_std=args.ema_std, approximate=args.approximate

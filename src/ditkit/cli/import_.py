@@ -67,7 +67,8 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     size = args.input_size
     if size is not None and len(size) > 3:
         raise DitkitError(f"--model.input-size is one side, ROWS COLUMNS, or FRAMES ROWS COLUMNS, not {size}")
-    from ..exchange import import_file
+    from ..given import needed
+    from ..importing import import_file
     from ..parts import import_part
 
     said = {name: getattr(args, name) for name in OPTIONS}
@@ -87,5 +88,6 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
             args.file, args.out, name=args.name, weights=args.weights, autoencoder=args.autoencoder, options=options
         )
     print("\n".join(lines))
-    print(f"imported: {run.folder}\nsample it with: ditkit sample {run.folder}")
+    more = " --embeddings FILE" if needed(run.recipe()) else ""
+    print(f"imported: {run.folder}\nsample it with: ditkit sample {run.folder}{more}")
     return 0

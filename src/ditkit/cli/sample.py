@@ -35,6 +35,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="what to draw, of a model that was trained with captions: one for all samples, or one for each; of a "
         "model of texts, how every text begins",
     )
+        "--embeddings",
+        type=Path,
+        metavar="FILE",
+        help="what encoders made of texts or speech, of an imported network that is given it: .safetensors with text, "
+        "pooled, negative.text, ... (docs/interop.md)",
+    )
     parser.add_argument(
         "--template", metavar="TEXT", help="the whole text with _ for each character to be drawn, as in: 'red ____'"
     )
@@ -92,6 +98,7 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from tqdm import tqdm
 
     from ..files import atomic_write
+    from ..given import read_embeddings
     from ..pipeline import load
     from ..sheet import beside, rendered, suffix
 
@@ -113,6 +120,8 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
             settings["label"] = label
         if pipeline.captioned and args.prompt is not None:
             settings["prompt"] = args.prompt[0] if len(args.prompt) == 1 else args.prompt
+        if args.embeddings is not None:
+            settings["embeddings"], settings["negative"] = read_embeddings(args.embeddings)
         batches = pipeline.stream(count=args.count, known=known, seed=args.seed, progress=progress, **settings)
         first = next(batches)
         own = suffix(first)
