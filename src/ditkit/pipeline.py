@@ -141,13 +141,11 @@ class Pipeline:
 
             parts = strong.rows(ids)
             if given is not None:
-                parts = dataclasses.replace(
-                    parts, known=encoded_known(self.recipe, self.shape, given, ids, self.device)
-                )
+                own = encoded_known(self.recipe, self.shape, given, ids, self.device)
+                parts = dataclasses.replace(parts, known=own)
             if images is not None:
-                scale = torch.full((len(ids),), chosen.control_scale)
                 encoded = self.recipe.control(images[ids].to(self.device))
-                scalars = {**parts.scalars, "control_scale": scale}
+                scalars = {**parts.scalars, "control_scale": torch.full((len(ids),), chosen.control_scale)}
                 parts = dataclasses.replace(parts, control=encoded, scalars=scalars)
             both = parts, _joined(parts, weak.rows(ids))
             read = Given(None if labels is None else labels[ids], None if texts is None else texts[ids])
@@ -320,8 +318,7 @@ class Pipeline:
         tick: Callable[[int, Tensor], None],
     ) -> Shaped[Tensor, "b *shape"]:
         """both: what a person gives, and what weak opinions are given of it."""
-        (parts, weak), conditioner = both, self.recipe.conditioner
-        known = parts.known
+        (parts, weak), conditioner, known = both, self.recipe.conditioner, both[0].known
         cond = conditioner.null(len(ids)) if read.label is None and read.text is None else conditioner(read)
         cond = _joined(cond, parts).to(self.device)
         rng = Rng(seed).at(0, ids.to(self.device))

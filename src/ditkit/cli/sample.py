@@ -35,6 +35,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="what to draw, of a model that was trained with captions: one for all samples, or one for each; of a "
         "model of texts, how every text begins",
     )
+    parser.add_argument(
         "--embeddings",
         type=Path,
         metavar="FILE",
