@@ -77,6 +77,7 @@ class Pipeline:
         label: str | int | Sequence[str | int] | Tensor | None = None,
         count: int = 16,
         *,
+        first: int = 0,
         prompt: str | Sequence[str] | None = None,
         embeddings: Conditioning | None = None,
         negative: Conditioning | None = None,
@@ -90,9 +91,10 @@ class Pipeline:
 
         label: a class by name or number for all samples, one for each, or None for all classes in turn. Sample i
         depends on (seed, i), its label, its prompt and what is known of it alone, not on `count` or on the batch.
-        prompt: what to draw, of a model that was trained with captions: one for all samples or one for each; None: the
-        empty one. embeddings: what encoders made of texts or of speech, of a network whose recipe has none: text,
-        pooled, audio and scalars, one row for all samples or one for each; negative: the same of the texts that
+        first: the number of the first sample, so that processes can share the work; what is given for each is given for
+        these. prompt: what to draw, of a model that was trained with captions: one for all samples or one for each;
+        None: the empty one. embeddings: what encoders made of texts or of speech, of a network whose recipe has none:
+        text, pooled, audio and scalars, one row for all samples or one for each; negative: the same of the texts that
         guidance turns away from. known: a part of the sample that is given, in the form of the data, for all [*sample]
         or for each [count *sample]; the rest is drawn, and what stands in `known.values` where `known.mask` is False
         changes nothing. Latents are known where all pixels are that the mask has for them. control: a control image in
@@ -100,7 +102,7 @@ class Pipeline:
         `Sample` that differ from the recipe's, such as steps=20, guidance=2.0, control_scale=0.8. progress(done, total)
         counts solver steps. Raises DitkitError.
         """
-        given: dict[str, Any] = {"prompt": prompt, "embeddings": embeddings, "negative": negative}
+        given: dict[str, Any] = {"first": first, "prompt": prompt, "embeddings": embeddings, "negative": negative}
         given |= {"known": known, "control": control, "seed": seed, "progress": progress}
         return torch.cat(list(self.stream(label, count, **given, **settings)))
 
@@ -114,6 +116,7 @@ class Pipeline:
         label: str | int | Sequence[str | int] | Tensor | None = None,
         count: int = 16,
         *,
+        first: int = 0,
         prompt: str | Sequence[str] | None = None,
         embeddings: Conditioning | None = None,
         negative: Conditioning | None = None,
@@ -125,14 +128,13 @@ class Pipeline:
     ) -> Iterator[Shaped[Tensor, "b *shape"]]:
         """As `stream`, not decoded: what was diffused, where the model is."""
         chosen, times = self.check(**settings)
-        labels, texts = self.labels(label, count), self.texts(prompt, count)
+        labels, texts = self.labels(label, count, first), self.texts(prompt, count)
         away = any(isinstance(g, ClassifierFree) and g.null is None for g in chosen.all_guides())
         strong, weak = checked_embeddings(self.recipe, embeddings, negative, count, away)
         given = None if known is None else checked_known(self.recipe, self.shape, known, count)
         images = None if control is None else checked_control(self.recipe, control, count, self.device)
         total = chosen.steps * -(-count // chosen.batch)
-        for number, first in enumerate(range(0, count, chosen.batch)):
-            ids = torch.arange(first, min(first + chosen.batch, count))
+        for number, ids in enumerate(torch.arange(count).split(chosen.batch)):
             done = number * chosen.steps
 
             def tick(k: int, x: Tensor, done: int = done) -> None:
@@ -149,7 +151,7 @@ class Pipeline:
                 parts = dataclasses.replace(parts, control=encoded, scalars=scalars)
             both = parts, _joined(parts, weak.rows(ids))
             read = Given(None if labels is None else labels[ids], None if texts is None else texts[ids])
-            yield self._batch(chosen, read, both, ids, times, seed, tick)
+            yield self._batch(chosen, read, both, first + ids, times, seed, tick)
 
     def like(self, split: Split, count: int) -> tuple[Tensor | None, dict[str, Any]]:
         """The labels of so many samples, spread evenly over a split, and what `sample` is given to draw their like:
@@ -271,10 +273,10 @@ class Pipeline:
             self._loaded[run] = other.denoiser
         return self._loaded[run]
 
-    def labels(self, label: Any, count: int) -> Tensor | None:
-        """One class index per sample; None for an unconditional model. Raises DitkitError."""
-        if count < 1:
-            raise DitkitError(f"count must be at least 1, not {count}")
+    def labels(self, label: Any, count: int, first: int = 0) -> Tensor | None:
+        """One class index per sample, from sample `first` on; None for an unconditional model. Raises DitkitError."""
+        if count < 1 or first < 0:
+            raise DitkitError(f"count must be at least 1, not {count}, and samples are numbered from 0, not {first}")
         if not self.classes:
             if label is not None and self.captioned:
                 raise DitkitError("this model is given captions, not classes: write a prompt instead of a label")
@@ -282,7 +284,7 @@ class Pipeline:
                 raise DitkitError("this model is unconditional: it takes no label")
             return None
         if label is None:
-            return torch.arange(count) % len(self.classes)
+            return torch.arange(first, first + count) % len(self.classes)
         if isinstance(label, Tensor):
             label = label.tolist()
         if not isinstance(label, str) and not isinstance(label, Sequence):

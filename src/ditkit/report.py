@@ -63,6 +63,8 @@ class Value:
     value: float | None
     error: float | None = None
     note: str = ""
+    protocol: str = ""
+    """By which evaluator it was made, where that matters: what two numbers must have in common to be compared."""
 
     def __str__(self) -> str:
         if self.value is None and self.note:
@@ -73,10 +75,22 @@ class Value:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under a head. A bool in a row is a verdict: kept, or missed."""
+    """Rows under a head. A bool in a row is a verdict: kept, or missed.
+
+    Numbers in a column are there to be compared: raises DitkitError if two of them are of different protocols.
+    """
 
     head: tuple[str, ...]
     rows: tuple[tuple[str | Value | bool, ...], ...]
+
+    def __post_init__(self) -> None:
+        for i, name in enumerate(self.head):
+            column = [row[i] for row in self.rows if i < len(row)]
+            found = sorted({v.protocol for v in column if isinstance(v, Value) and v.value is not None and v.protocol})
+            if len(found) > 1:
+                raise DitkitError(
+                    f"numbers of different protocols cannot stand in one column ({name}): {found[0]}; and {found[1]}"
+                )
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--count", type=int, default=16, help="how many samples (default: 16)")
     parser.add_argument(
+        "--first",
+        type=int,
+        default=0,
+        help="the number of the first sample, to share the work: --count 50 --first 50 is the second half of 100",
+    )
+    parser.add_argument(
         "--prompt",
         nargs="+",
         metavar="TEXT",
@@ -123,13 +129,14 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
             settings["prompt"] = args.prompt[0] if len(args.prompt) == 1 else args.prompt
         if args.embeddings is not None:
             settings["embeddings"], settings["negative"] = read_embeddings(args.embeddings)
-        batches = pipeline.stream(count=args.count, known=known, seed=args.seed, progress=progress, **settings)
+        how = {"first": args.first, "known": known, "seed": args.seed, "progress": progress}
+        batches = pipeline.stream(count=args.count, **how, **settings)
         first = next(batches)
         own = suffix(first)
         rendered(first[:1], kind or own)  # what cannot be shown so is said before the rest is drawn
         if args.out is not None and not kind:
             for i, one in enumerate(one for batch in chain((first,), batches) for one in batch):
-                atomic_write(args.out / f"{i:06d}{own}", rendered(one[None], own, 1))
+                atomic_write(args.out / f"{args.first + i:06d}{own}", rendered(one[None], own, 1))
         else:
             samples, columns = torch.cat((first, *batches)), args.columns
             if args.control_of == "heldout" and (kind or own) == ".png":

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from ..data import Split
+from ..data import Prepared, Split
 from ..pipeline import Pipeline
 from ..rng import Rng
 
-__all__ = ["heldout_loss", "mean_loss"]
+__all__ = ["heldout_loss", "mean_loss", "original"]
 
 
 def heldout_loss(pipeline: Pipeline, samples: int = 1000) -> float:
@@ -31,3 +33,8 @@ def mean_loss(pipeline: Pipeline, split: Split, samples: int = 1000) -> float:
         x0 = recipe.codec.encode(batch.data.to(pipeline.device), draws)
         total += float(recipe.objective.loss(pipeline.denoiser, x0, cond, draws).total.sum())
     return total / count
+
+
+def original(data: Any) -> Any:
+    """The data that samples are compared with: of prepared latents, the images that they were made of."""
+    return data.original() if isinstance(data, Prepared) else data

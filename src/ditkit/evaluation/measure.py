@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..config import DitkitError, near, to_json
-from ..data import Dataset, Prepared, Split, strings
+from ..data import Dataset, Split, strings
 from ..models import ControlConfig
 from ..pipeline import Pipeline, open_run
 from ..recipe import Gate, Sample
@@ -31,6 +31,7 @@ from .classifier import train_classifier
 from .controlled import edge_agreement
 from .distances import Estimate, frechet_distance, kernel_distance
 from .features import Features
+from .heldout import original
 from .memorization import f_mem, within_class_distance
 from .reconstruction import measure_reconstructions
 from .texts import Nearest, bits_per_character, nearest_texts, ratio, share, unigram_bits, valid
@@ -44,7 +45,6 @@ __all__ = [
     "features_protocol",
     "heldout_features",
     "measure_kid",
-    "original",
     "sampling_protocol",
 ]
 
@@ -177,11 +177,6 @@ def evaluate(
         if numbers.get(gate.metric) is None:
             raise DitkitError(f"the recipe bounds {gate.metric}, which this data does not give")
     return found
-
-
-def original(data: Any) -> Any:
-    """The data that samples are compared with: of prepared latents, the images that they were made of."""
-    return data.original() if isinstance(data, Prepared) else data
 
 
 def _measure_images(
@@ -329,6 +324,8 @@ def measure_kid(pipeline: Pipeline, *, seed: int = 0, **settings: Any) -> Measur
     protocol |= {"features": features_protocol(features), **provenance()}
     if "prompt" in given:
         protocol["labels"] = CAPTIONS
+    seen = f"{features.name} {features.sha256[:12]} at {size} px"
+    protocol["evaluators"] = {"kid": f"ditkit: {seen}, {protocol['reference']}, {count} samples"}
     return Measurement({"kid": estimate.value, "kid_error": estimate.error}, protocol, (), images, labels)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from jaxtyping import Shaped
 from torch import Tensor
 
+from ..config import DitkitError
 from ..recipe import Recipe
 from ..report import Section, Value
 
@@ -135,17 +136,27 @@ class Results:
     def value(self, cell: str, number: str) -> Value:
         """Mean and standard error over seeds; with one seed the measurement's own error; nothing for no seed.
 
-        Seeds that diverged are not in the mean, and the note says so.
+        Seeds that diverged are not in the mean, and the note says so. By which evaluator it was measured goes with it.
+        Raises DitkitError for seeds that were measured by different ones.
         """
         values, lost = self.values(cell, number), self.diverged(cell)
         note = (f"{len(lost)} of {len(lost) + len(values)} diverged" if values else "diverged") if lost else ""
         if not values:
             return Value(None, note=note)
+        by = self._evaluator(cell, number)
         mean = sum(values) / len(values)
         if len(values) == 1:
-            return Value(mean, next(iter(self.values(cell, f"{number}_error")), None), note)
+            return Value(mean, next(iter(self.values(cell, f"{number}_error")), None), note, by)
         variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
-        return Value(mean, math.sqrt(variance / len(values)), note)
+        return Value(mean, math.sqrt(variance / len(values)), note, by)
+
+    def _evaluator(self, cell: str, number: str) -> str:
+        """By what a number of a cell was measured; "" where the protocols do not say."""
+        protocols = [f.protocol.get("evaluators", {}) for (name, _), f in self.found.items() if name == cell]
+        found = sorted({p[number] for p in protocols if number in p})
+        if len(found) > 1:
+            raise DitkitError(f"{number} of {cell} was measured by different protocols: {found[0]}; and {found[1]}")
+        return found[0] if found else ""
 
     def mean(self, cell: str, number: str) -> float:
         """The mean over seeds. Raises Missing where there is none, or where a seed diverged."""
