@@ -224,10 +224,12 @@ def _times(results: Results) -> Section:
         "its floor by 1%: in the snapshots, and as the training's own monitor saw it.",
         Table(("", *names.values()), rows),
     ]
-    try:
-        laws = {level: _fit(results, f"tau_mem_{round(100 * level)}") for level in LEVELS}
-    except (Missing, ValueError):
-        laws = {}
+    laws = {}
+    for level in LEVELS:
+        try:
+            laws[level] = _fit(results, f"tau_mem_{round(100 * level)}")
+        except (Missing, ValueError) as error:
+            parts.append(f"No fit at {level:.0%} copies: {error}.")
     if laws:
         head = ("tau_mem ~ n^a W^b at", "a", "interval of a", "b", "interval of b", "explained")
         rows = tuple(
@@ -254,7 +256,7 @@ def _times(results: Results) -> Section:
         if known:
             heights = [v.value or 0.0 for v in known.values()]
             curves.append(Line(label, list(known), heights, [v.error or 0.0 for v in known.values()]))
-    if laws:
+    if LEVELS[0] in laws:
         n, w = laws[LEVELS[0]]
         width = by_count[0].recipe.model.hidden_size
         law = [n.factor * count**n.exponent * width**w.exponent for count in COUNTS]
