@@ -123,14 +123,13 @@ def judge_run(
     rule = labels or (protocol.labels if protocol.labels in RULES else "in_turn")
     count = pipeline.recipe.evaluate.samples if samples is None else samples
     asked = labels_by(rule, len(pipeline.classes), count, seed)
-    if reference is None:
-        reference = original(pipeline.recipe.data).open()
+    against: str | Path | Dataset | Images = original(pipeline.recipe.data).open() if reference is None else reference
     given: dict[str, Any] = {"label": asked}
     if pipeline.captioned:
         _, given = pipeline.like(original(pipeline.recipe.data).open().heldout, count)
     say(f"drawing {count} samples")
     images = _drawn(pipeline, given, count, seed, settings)
-    found = judge(protocol, images, reference, device=device, cache=cache, say=say)
+    found = judge(protocol, images, against, device=device, cache=cache, say=say)
     drawn = sampling_protocol(pipeline, pipeline.settings(**settings), count, seed)
     drawn["labels"] = CAPTIONS if pipeline.captioned else RULES[rule] if asked is not None else "none"
     return Judgement(found.name, found.numbers, found.identity, found.status, {**found.protocol, **drawn})
