@@ -135,16 +135,16 @@ class Pipeline:
         images = None if control is None else checked_control(self.recipe, control, count, self.device)
         total = chosen.steps * -(-count // chosen.batch)
         for number, ids in enumerate(torch.arange(count).split(chosen.batch)):
-            done = number * chosen.steps
 
-            def tick(k: int, x: Tensor, done: int = done) -> None:
+            def tick(k: int, x: Tensor, done: int = number * chosen.steps) -> None:
                 if progress is not None:
                     progress(done + k + 1, total)
 
             parts = strong.rows(ids)
             if given is not None:
-                own = encoded_known(self.recipe, self.shape, given, ids, self.device)
-                parts = dataclasses.replace(parts, known=own)
+                parts = dataclasses.replace(
+                    parts, known=encoded_known(self.recipe, self.shape, given, ids, self.device)
+                )
             if images is not None:
                 encoded = self.recipe.control(images[ids].to(self.device))
                 scalars = {**parts.scalars, "control_scale": torch.full((len(ids),), chosen.control_scale)}

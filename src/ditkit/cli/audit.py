@@ -33,7 +33,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from ..evaluation import audit, write_audit
-    from ..evaluation.measure import original
+    from ..evaluation.heldout import original
     from ..pipeline import load
     from ..recipe import Recipe, device_of
     from ..runs import is_run
