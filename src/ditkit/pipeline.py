@@ -142,16 +142,14 @@ class Pipeline:
 
             parts = strong.rows(ids)
             if given is not None:
-                parts = dataclasses.replace(
-                    parts, known=encoded_known(self.recipe, self.shape, given, ids, self.device)
-                )
+                own = encoded_known(self.recipe, self.shape, given, ids, self.device)
+                parts = dataclasses.replace(parts, known=own)
             if images is not None:
                 encoded = self.recipe.control(images[ids].to(self.device))
                 scalars = {**parts.scalars, "control_scale": torch.full((len(ids),), chosen.control_scale)}
                 parts = dataclasses.replace(parts, control=encoded, scalars=scalars)
-            both = parts, _joined(parts, weak.rows(ids))
             read = Given(None if labels is None else labels[ids], None if texts is None else texts[ids])
-            yield self._batch(chosen, read, both, first + ids, times, seed, tick)
+            yield self._batch(chosen, read, (parts, _joined(parts, weak.rows(ids))), first + ids, times, seed, tick)
 
     def like(self, split: Split, count: int) -> tuple[Tensor | None, dict[str, Any]]:
         """The labels of so many samples, spread evenly over a split, and what `sample` is given to draw their like:
