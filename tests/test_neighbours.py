@@ -56,6 +56,30 @@ def test_decisions_and_copies_are_those_of_all_distances(d: int) -> None:
         assert sum(reads[read_before:]) < 5 * len(asked)
 
 
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_distances_are_those_of_all_where_they_are_asked_for(mirrored: bool) -> None:
+    """Of rows whose variance falls slowly, short vectors leave many that may be the second nearest."""
+    slowly = torch.arange(1, 701) ** 0.6
+    train, others = (torch.randn(n, 700, generator=torch.Generator().manual_seed(n)) / slowly for n in (600, 50))
+    half = torch.ones(700)
+    half[::2] = -1
+
+    def turned(vectors: Tensor) -> Tensor:
+        return vectors * half
+
+    made, reads = index(train, mirror=turned if mirrored else None)
+    found = made.nearest(others, distances=True)
+    assert reads
+    apart = torch.cdist(others.double(), train.double())
+    if mirrored:
+        apart = torch.minimum(apart, torch.cdist(turned(others).double(), train.double()))
+    two, which = apart.topk(2, largest=False)
+    assert torch.equal(found.nearest, which[:, 0])
+    torch.testing.assert_close(torch.stack((found.d1, found.d2), dim=1), two)
+    quick = made.nearest(others)
+    assert bool((quick.d2 > two[:, 1] + 1e-6).any())  # what decides is less than the distances
+
+
 def test_equal_samples_are_one() -> None:
     train = images(300, 30, 2)
     made, _ = index(torch.cat((train, train, train[:50])))

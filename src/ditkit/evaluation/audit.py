@@ -34,7 +34,8 @@ __all__ = ["Audit", "audit", "write_audit"]
 SHOWN = 32
 """The samples nearest to training images that a report shows."""
 THRESHOLD = -3.0
-"""C_T below this is a sign of copying: three standard deviations of the test, if nothing were copied."""
+"""C_T below this is a sign of copying: three standard deviations of one cell, if nothing were copied, and more of the
+mean over cells."""
 _FEATURED = 10_000  # training images whose features are taken
 _AT_ONCE = 64
 
@@ -112,7 +113,7 @@ def audit(
     index.extend(index.fitting(images[0].numel()))
     while not index.complete:
         index.extend(_AT_ONCE)
-    near, floor_near = index.nearest(_vectors(images)), index.nearest(_vectors(held))
+    near, floor_near = (index.nearest(_vectors(part), distances=True) for part in (images, held))
     copies, floor = share_of(near.copied), share_of(floor_near.copied)
     own = _own(index, data.train, near.nearest), _own(index, data.train, floor_near.nearest)
     real = (authentic(n.d1, n.nearest, o) for n, o in zip((near, floor_near), own, strict=True))
@@ -242,5 +243,5 @@ def _mirror(shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
 def _own(index: Index, split: Split, nearest: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
     """The distance of training images to the nearest other one."""
     ids, inverse = nearest.unique(return_inverse=True)
-    found = torch.cat([index.nearest(_pair(split, part)[1]).d2 for part in ids.split(256)])
+    found = torch.cat([index.nearest(_pair(split, part)[1], distances=True).d2 for part in ids.split(256)])
     return found[inverse]

@@ -24,6 +24,7 @@ AXES = 256
 MOST = 200_000
 """Samples that are kept: 0.2 GB. Of larger sets, so many drawn at random."""
 _CANDIDATES = 8
+_MEASURED = 64  # candidates where distances are wanted, not decisions alone
 _FITTED = 2**25  # numbers of the samples that the axes are found from: 128 MiB
 _BLOCK = 2**12  # training samples whose distances are in memory at a time
 _SLACK = 1e-3  # a share of the largest norm, by which products of float32 may be wrong
@@ -31,7 +32,10 @@ _SLACK = 1e-3  # a share of the largest norm, by which products of float32 may b
 
 @dataclass(frozen=True)
 class Near:
-    """The two nearest training samples of each sample, by L2."""
+    """The two nearest training samples of each sample, by L2.
+
+    Where only decisions were asked for, those that were nearest when the decision was sure; of copies the first is.
+    """
 
     nearest: Int[Tensor, "n"]
     d1: Float[Tensor, "n"]
@@ -132,17 +136,18 @@ class Index:
         return vectors if self._axes is None else vectors @ self._axes.to(vectors.device)
 
     @torch.no_grad()
-    def nearest(self, vectors: Float[Tensor, "n d"], ratio: float = 1 / 3) -> Near:
+    def nearest(self, vectors: Float[Tensor, "n d"], ratio: float = 1 / 3, *, distances: bool = False) -> Near:
         """The two nearest, and whether the samples copy the first: d1 / d2 < ratio.
 
-        Where a decision would take more than eight readings of a sample it is made by these. Raises DitkitError with
-        fewer than two distinct training samples.
+        distances: go on reading until both distances are sure, not only what they decide. What takes more than 8
+        readings for a sample, or 64 for its distances, is made of these. Raises DitkitError with fewer than two
+        distinct training samples.
         """
         if len(self) < 2:
             raise DitkitError(f"copies are found among at least 2 distinct training samples, and there are {len(self)}")
         vectors = vectors.flatten(1).float()
         seen = [vectors] if self.mirror is None else [vectors, self.mirror(vectors)]
-        bounds, places = self._candidates([self.short(v).cpu() for v in seen])
+        bounds, places = self._candidates([self.short(v).cpu() for v in seen], _MEASURED if distances else _CANDIDATES)
         count, width = places.shape
         if self.project or self._axes is None:
             short = [self.short(v).cpu() for v in seen]
@@ -157,9 +162,12 @@ class Index:
                 continue
             two = exact.topk(2, dim=1, largest=False).values
             after = bounds[:, k + 1] if k + 1 < width else torch.full((count,), torch.inf, dtype=torch.float64)
-            copy = two[:, 0] < ratio * torch.minimum(two[:, 1], after)
-            none = (two[:, 0] >= ratio * two[:, 1]) & (after >= ratio * two[:, 0])
-            open_ &= ~(copy | none)
+            if distances:
+                open_ &= after < two[:, 1]
+            else:
+                copy = two[:, 0] < ratio * torch.minimum(two[:, 1], after)
+                none = (two[:, 0] >= ratio * two[:, 1]) & (after >= ratio * two[:, 0])
+                open_ &= ~(copy | none)
             if not bool(open_.any()):
                 break
         return self._said(exact, places, ratio)
@@ -170,9 +178,11 @@ class Index:
         d1, d2 = two.unbind(1)
         return Near(torch.tensor(self._ids)[first], d1, d2, d1 < ratio * d2)
 
-    def _candidates(self, short: list[Float[Tensor, "n k"]]) -> tuple[Float[Tensor, "n c"], Int[Tensor, "n c"]]:
+    def _candidates(
+        self, short: list[Float[Tensor, "n k"]], most: int
+    ) -> tuple[Float[Tensor, "n c"], Int[Tensor, "n c"]]:
         """Lower bounds of the distances of the nearest rows, sorted, and their places."""
-        count, width = len(short[0]), min(_CANDIDATES, len(self))
+        count, width = len(short[0]), min(most, len(self))
         best = torch.full((count, width), torch.inf, dtype=torch.float64)
         places = torch.zeros(count, width, dtype=torch.int64)
         slack = _SLACK * max(self._norm, *(float(s.norm(dim=1).max()) for s in short))
