@@ -67,6 +67,15 @@ def test_the_losses_part_only_where_they_part_on() -> None:
     assert decide(rows(gap=(-0.1, -0.2, -0.3, -0.4, -0.5, -0.6))).parted is None
 
 
+def test_rows_of_other_levels_are_not_compared() -> None:
+    """As where a run goes on with other settings."""
+    some = rows()
+    for row in some[:3]:
+        row["levels"] = [{"t": [0.0, 1.0], "gap": 0.1, "low": 0.05, "high": 0.2}, *row["levels"]]
+    assert decide(some).parted == 800
+    assert decide(some[:5]).parted is None
+
+
 def test_without_features_quality_is_the_held_out_loss() -> None:
     found = decide([{k: v for k, v in row.items() if k != "kid"} for row in rows()])
     assert (found.generalises, found.measure, found.best) == (400, "heldout_loss", 400)

@@ -119,6 +119,30 @@ def test_a_gap_is_one_where_training_and_held_out_samples_differ() -> None:
     assert apart["gap_high"] < 0 or apart["gap_low"] > 0
 
 
+def test_there_may_be_fewer_losses_than_levels() -> None:
+    row = seen(opened(), opened().heldout.batch(torch.arange(40)).data, probes=2, levels=7)
+    assert [level["t"][0] <= level["t"][1] for level in row["levels"]] == [True] * 4
+
+
+def test_in_bf16_distances_and_features_are_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network alone is in the precision of its training: short vectors that are rounded bound no distance."""
+    recipe = tiny(1, budget=1e9, samples=32, probes=32)
+    looked: list[Observer] = []
+    observe = Observer.observe
+    monkeypatch.setattr(Observer, "observe", lambda self, *given: looked.append(self) or observe(self, *given))
+    for precision in ("bf16", "fp32"):
+        made = replace(recipe, train=replace(recipe.train, precision=precision))
+        train(made, tmp_path / precision, quiet=True)
+    half, full = looked
+    assert half.index is not None
+    assert full.index is not None
+    assert torch.equal(half.index.rows, full.index.rows)
+    assert torch.equal(torch.cat(half.reference), torch.cat(full.reference))
+    losses = [Run(tmp_path / name).watched()[0]["train_loss"] for name in ("bf16", "fp32")]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
 def test_losses_of_equal_splits_are_equal_and_the_same_each_time() -> None:
     images = opened().train.batch(torch.arange(100)).data
     data = opened(images, images)

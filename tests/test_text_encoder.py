@@ -120,6 +120,15 @@ def test_a_state_is_a_function_of_its_text_alone(encoder: TextEncoder) -> None:
     assert encoder([]).values.shape == (0, 0, 12)
 
 
+def test_a_state_is_in_float32_whatever_is_around_it(encoder: TextEncoder) -> None:
+    plain = encoder(["a text that nobody asked for before"]).values
+    _states.cache_clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        again = encoder(["a text that nobody asked for before"]).values
+    assert again.dtype == torch.float32
+    assert torch.equal(again, plain)
+
+
 def test_a_text_is_encoded_once(encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     _states.cache_clear()
     network, calls = _loaded(encoder.path, False).network, list[int]()

@@ -118,7 +118,8 @@ def _states(path: str, download: bool, length: int, text: str) -> Float[Tensor, 
     words = loaded.tokenizer(text, truncation=True, max_length=length, return_tensors="pt")
     if not words["input_ids"].numel():
         raise DitkitError(f"the tokenizer of the text encoder {path} makes no token of {text!r}: choose another")
-    return loaded.network(**words).last_hidden_state[0]
+    with torch.autocast("cpu", enabled=False):  # around a training in bf16 on the CPU
+        return loaded.network(**words).last_hidden_state[0]
 
 
 @register("conditioner", "text")

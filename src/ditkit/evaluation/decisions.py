@@ -124,6 +124,8 @@ def _parted(rows: Sequence[Row]) -> tuple[int | None, tuple[float, float] | None
     having = [row for row in rows if row.get("levels")]
     for first in range(len(having) - CONSECUTIVE + 1):
         some = having[first : first + CONSECUTIVE]
+        if len({len(row["levels"]) for row in some}) > 1:  # the settings were changed between them
+            continue
         for k, level in enumerate(some[0]["levels"]):
             levels = [row["levels"][k] for row in some]
             if all(each["low"] > 0 for each in levels) and levels[-1]["gap"] > levels[0]["gap"]:

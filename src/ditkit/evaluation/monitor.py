@@ -134,6 +134,10 @@ class Observer:
                     self._pairs(denoiser, count)
         return True
 
+    def _as_trained(self) -> torch.autocast:
+        """The precision of the training, for the network; distances and features are in their own."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.train.precision == "bf16")
+
     # losses
 
     @torch.no_grad()
@@ -152,7 +156,7 @@ class Observer:
             train, heldout, t = self._pairs(denoiser, count)
         order = torch.argsort(t, stable=True)
         rows = []
-        for places in order.tensor_split(self.settings.levels):
+        for places in order.tensor_split(min(self.settings.levels, len(order))):
             gap = heldout[places] - train[places]
             low, high = _interval(gap)
             rows.append(
@@ -187,7 +191,9 @@ class Observer:
                 x0 = self.recipe.codec.encode(data)
                 for draw in range(_DRAWS):
                     rng = Rng(self.recipe.seed).at(draw, places.to(self.device))
-                    loss = self.objective.loss(denoiser, x0, cond, rng, data if self.data.codec is None else None)
+                    images = data if self.data.codec is None else None
+                    with self._as_trained():
+                        loss = self.objective.loss(denoiser, x0, cond, rng, images)
                     found.append(loss.total.double().cpu())
                     at.append(loss.t.double().cpu())
             losses.append(torch.cat(found))
@@ -268,8 +274,8 @@ class Observer:
         asked = pipeline.asked(self.data.train.batch(self.labelled[torch.arange(count) % len(self.labelled)]))
         steps = min(self.settings.steps, pipeline.recipe.sample.steps)
         with self.prices.measure("sample", count):
-            drawn = pipeline.latents(**asked, count=count, seed=self.recipe.seed, steps=steps)
-            x0 = torch.cat(list(drawn))
+            with self._as_trained():
+                x0 = torch.cat(list(pipeline.latents(**asked, count=count, seed=self.recipe.seed, steps=steps)))
             return x0, index.nearest(x0.flatten(1))
 
     def _affordable(self, left: float) -> int:

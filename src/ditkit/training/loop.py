@@ -349,9 +349,8 @@ def _steps(trainer: Trainer, run: Run, saved: Checkpoint | None, quiet: bool) ->
 
 def _look(trainer: Trainer, watch: Watch, log: Log) -> None:
     """What the network does to its data at this step; the best weights so far are kept."""
-    with torch.autocast(trainer.device.type, torch.bfloat16, enabled=trainer.settings.precision == "bf16"):
-        for line in watch.look(trainer.pipeline(), trainer.step, log.seconds):
-            log.say(line)
+    for line in watch.look(trainer.pipeline(), trainer.step, log.seconds):
+        log.say(line)
     name = trainer.recipe.sample.average(trainer.recipe.train)
     weights = trainer.model.state_dict() if name == "model" else trainer.averages.tensors(name)
     groups = {name: weights} | trainer.codec()
