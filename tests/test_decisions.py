@@ -56,6 +56,15 @@ def test_without_copies_a_bound_is_said() -> None:
     assert "no copies up to step 3,200 (f_mem below 3.00%, 95%)" in found.lines()
 
 
+def test_a_last_look_without_samples_has_searched_nothing() -> None:
+    none = (0.0,) * 6
+    some = rows(f_mem=none, f_mem_low=none)
+    last = {k: v for k, v in some[-1].items() if k not in ("f_mem", "f_mem_low", "samples", "floor")}
+    found = decide([*some[:-1], last])
+    assert (found.searched, found.last) == (1600, 3200)
+    assert "no copies up to step 1,600 (f_mem below 3.00%, 95%)" in found.lines()
+
+
 def test_some_copies_that_chance_may_have_made_are_neither_alarm_nor_bound() -> None:
     found = decide(rows(f_mem=(0.0, 0.0, 0.0, 0.01, 0.01, 0.01), f_mem_low=(0.0,) * 6))
     assert (found.copies, found.ceiling) == (None, None)

@@ -17,6 +17,7 @@ from ditkit.config import DitkitError
 from ditkit.data import Dataset, Digits
 from ditkit.data.dataset import InMemory
 from ditkit.evaluation import Observer
+from ditkit.evaluation.monitor import _interval
 from ditkit.evaluation.report import watched
 from ditkit.pipeline import Pipeline, load
 from ditkit.recipe import Evaluate, Monitor, Recipe, Sample, Train
@@ -156,6 +157,13 @@ def test_losses_of_equal_splits_are_equal_and_the_same_each_time() -> None:
     assert (first["train_loss"], first["gap_low"], first["gap_high"]) == (first["heldout_loss"], 0.0, 0.0)
 
 
+def test_more_noises_of_the_same_probes_are_no_more_probes() -> None:
+    gaps, probe = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64), torch.arange(50)
+    once = _interval(gaps, probe, 50)
+    assert _interval(gaps.repeat(4), probe.repeat(4), 50) == pytest.approx(once)
+    assert once[1] - once[0] == pytest.approx(2 * 1.96 * float(gaps.std()) / 50**0.5, rel=0.2)
+
+
 def test_mirrored_copies_count_where_training_mirrors() -> None:
     data = opened()
     images = data.train.batch(torch.arange(64)).data.flip(-1)
@@ -227,7 +235,10 @@ def test_a_run_that_goes_on_drops_the_rows_after_its_checkpoint(tmp_path: Path) 
     row = json.loads(file.read_text().splitlines()[-1])
     with file.open("a") as log:
         log.write(json.dumps({**row, "step": 7}) + "\n" + '{"step": 8, "cut o')
+    (tmp_path / "run" / "best" / "step-00000007").mkdir()
     longer = replace(recipe, train=replace(recipe.train, steps=8, checkpoint_every=8))
+    Watch(Run(tmp_path / "run"), recipe.train.monitor, Observer(recipe, opened(), recipe.train.monitor), 4)
+    assert all(int(p.name[5:]) <= 4 for p in Run(tmp_path / "run").best())
     train(longer, tmp_path / "run", quiet=True)
     assert [r["step"] for r in Run(tmp_path / "run").watched()] == [1, 2, 3, 4, 5, 6, 7, 8]
 

@@ -292,6 +292,14 @@ class Run:
         """Remove the snapshots after a step: what comes there next need not be what came there before."""
         _remove([p for p in self.snapshots() if step_of(p) > step])
 
+    def best(self) -> list[Path]:
+        """Folders of the monitor's best weights: one, or two where a kill came between."""
+        return sorted((self.folder / "best").glob("step-*"))
+
+    def cut_best(self, step: int) -> None:
+        """Remove the best weights after a step, as the monitor's rows after it are dropped."""
+        _remove([p for p in self.best() if step_of(p) > step])
+
     def rows(self) -> list[dict[str, Any]]:
         """The log, without a last line that a kill cut off."""
         return _lines(self.log)

@@ -43,6 +43,8 @@ class Decisions:
     """The best quality between the first and the last good step: after `generalises` and before `copies`."""
     last: int
     """The last evaluation."""
+    searched: int | None
+    """The last evaluation with samples."""
     ceiling: float | None
     """No copy among so many samples: f_mem is below 3 over their number (95%). None where copies were seen."""
 
@@ -69,8 +71,8 @@ class Decisions:
                 f"copies of training samples from step {self.copies:,} (f_mem above its floor by {MARGIN:.0%}, 95%); "
                 f"with twice the data to be expected at about step {2 * self.copies:,} (tau_mem ~ n)"
             )
-        elif self.ceiling is not None:
-            said.append(f"no copies up to step {self.last:,} (f_mem below {self.ceiling:.2%}, 95%)")
+        elif self.ceiling is not None and self.searched is not None:
+            said.append(f"no copies up to step {self.searched:,} (f_mem below {self.ceiling:.2%}, 95%)")
         if self.best is not None:
             said.append(f"best in the window: step {self.best:,} ({quality})")
         return said
@@ -106,6 +108,7 @@ def decide(rows: Sequence[Row]) -> Decisions:
         copies=copies,
         best=min(window, key=lambda row: row[measure])["step"] if window else None,
         last=rows[-1]["step"],
+        searched=sampled[-1]["step"] if sampled else None,
         ceiling=None if seen is None or copies is not None else 3 / seen,
     )
 

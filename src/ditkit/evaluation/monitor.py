@@ -153,12 +153,12 @@ class Observer:
             return None
         count = min(wanted, max(least, self.prices.room("probe", min(part * left, left - kept))))
         with self.prices.measure("probe", count):
-            train, heldout, t = self._pairs(denoiser, count)
+            train, heldout, t, probe = self._pairs(denoiser, count)
         order = torch.argsort(t, stable=True)
         rows = []
         for places in order.tensor_split(min(self.settings.levels, len(order))):
             gap = heldout[places] - train[places]
-            low, high = _interval(gap)
+            low, high = _interval(gap, probe[places], count)
             rows.append(
                 {
                     "t": [float(t[places].min()), float(t[places].max())],
@@ -169,7 +169,7 @@ class Observer:
                     "high": high,
                 }
             )
-        low, high = _interval(heldout - train)
+        low, high = _interval(heldout - train, probe, count)
         return {
             "probes": count,
             "train_loss": float(train.mean()),
@@ -179,11 +179,14 @@ class Observer:
             "levels": rows,
         }
 
-    def _pairs(self, denoiser: Any, count: int) -> tuple[Float[Tensor, "m"], Float[Tensor, "m"], Float[Tensor, "m"]]:
-        """The losses of training and of held-out samples, and the times at which they were taken: the same in both."""
-        losses, times = [], torch.empty(0)
+    def _pairs(
+        self, denoiser: Any, count: int
+    ) -> tuple[Float[Tensor, "m"], Float[Tensor, "m"], Float[Tensor, "m"], Int[Tensor, "m"]]:
+        """The losses of training and of held-out samples, the times at which they were taken, the same in both, and
+        which of the probes each is of."""
+        losses, times, probe = [], torch.empty(0), torch.empty(0)
         for split, probes in zip((self.data.train, self.data.heldout), self.probes, strict=True):
-            found, at = [], []
+            found, at, of = [], [], []
             for places in torch.arange(count).split(_AT_ONCE):
                 batch = split.batch(probes[places])
                 cond = self.recipe.given(batch.given, self.device)
@@ -196,9 +199,10 @@ class Observer:
                         loss = self.objective.loss(denoiser, x0, cond, rng, images)
                     found.append(loss.total.double().cpu())
                     at.append(loss.t.double().cpu())
+                    of.append(places)
             losses.append(torch.cat(found))
-            times = torch.cat(at)
-        return losses[0], losses[1], times
+            times, probe = torch.cat(at), torch.cat(of)
+        return losses[0], losses[1], times, probe
 
     # copies and quality
 
@@ -355,9 +359,14 @@ def _shares(name: str, copied: Tensor, floor: tuple[float, int]) -> dict[str, An
     }
 
 
-def _interval(values: Float[Tensor, "m"], resamples: int = 1000) -> tuple[float, float]:
-    """The bootstrap's 95% interval of the mean of paired differences."""
-    generator = Rng(0).generator("bootstrap")
-    chosen = torch.randint(len(values), (resamples, len(values)), generator=generator)
-    low, high = values[chosen].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+def _interval(
+    values: Float[Tensor, "m"], probe: Int[Tensor, "m"], count: int, resamples: int = 1000
+) -> tuple[float, float]:
+    """The bootstrap's 95% interval of the mean of paired differences; what is drawn again are the probes, each with all
+    of its differences."""
+    sums = torch.zeros(count, dtype=torch.float64).index_add(0, probe, values)
+    sizes = torch.zeros(count, dtype=torch.float64).index_add(0, probe, torch.ones_like(values))
+    chosen = torch.randint(count, (resamples, count), generator=Rng(0).generator("bootstrap"))
+    means = sums[chosen].sum(1) / sizes[chosen].sum(1).clamp(min=1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high

@@ -36,6 +36,7 @@ class Watch:
         self.rows = [row for row in run.watched() if row["step"] <= step]
         if run.monitor.exists():
             atomic_write(run.monitor, "".join(json.dumps(row) + "\n" for row in self.rows))
+        run.cut_best(step)
         self.seconds = float(self.rows[-1]["seconds"]) if self.rows else 0.0
         self.said: set[str] = set()
 
@@ -66,7 +67,7 @@ class Watch:
         row = self.rows[-1] if self.rows else {}
         if row.get("step") == step and row.get("f_mem") is not None and decide(self.rows).best == step:
             kept = self.run.save(step, recipe, weights, state, where="best")
-            for other in self.run.folder.joinpath("best").glob("step-*"):
+            for other in self.run.best():
                 if other != kept:
                     shutil.rmtree(other)
         self.seconds += self.observer.clock() - begun
