@@ -76,6 +76,14 @@ def test_a_model_file_is_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 400
 
 
+ALLOWED = {
+    ("hub.py", "torch.random.fork_rng"): "a library draws weights before it reads them: the generator stays as it was",
+    ("evaluation/protocols.py", "np.random.RandomState"): "a private generator: torch-fidelity's own shuffle",
+    ("evaluation/protocols.py", "np.random.RandomState(2020).permutation"): "the shuffle",
+}
+"""Calls that look as if they used a global generator, and why they do not."""
+
+
 def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
     """Every call with the dotted name of what is called."""
     for node in ast.walk(ast.parse(path.read_text())):
@@ -92,6 +100,8 @@ def offences(path: Path) -> list[str]:
     name, found = path.relative_to(SOURCE).as_posix(), []
     seeds = name == "training/loop.py"
     for function, call in calls(path):
+        if (name, function) in ALLOWED:
+            continue
         where, last = f"{name}:{call.lineno} {function}", function.rpartition(".")[2]
         weights_only = [k.value for k in call.keywords if k.arg == "weights_only"]
         if function == "torch.load" and not any(isinstance(v, ast.Constant) and v.value is True for v in weights_only):
@@ -129,6 +139,8 @@ def test_a_file_loads_no_pickle_and_uses_no_global_generator(path: Path) -> None
         ("torch.Generator(device).manual_seed(0)", False),
         ("np.random.default_rng(0)", True),
         ("random.shuffle(x)", True),
+        ("torch.random.fork_rng()", True),
+        ("np.random.RandomState(0).permutation(3)", True),
         ("pickle.load(f)", True),
     ],
 )
