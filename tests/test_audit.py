@@ -123,12 +123,12 @@ def test_images_from_files(tmp_path: Path) -> None:
     assert torch.equal(read_images(saved(images, tmp_path / "a.npz"), (1, 28, 28)), images)
     np.save(tmp_path / "b.npy", images.numpy())
     assert torch.equal(read_images(tmp_path / "b.npy", (1, 28, 28)), images)
-    with pytest.raises(DitkitError, match=r"holds uint8 \[30, 28, 28, 1\], and the training images are bytes of 32 x"):
+    with pytest.raises(DitkitError, match=r"are \[1, 28, 28\], and the training images are \[1, 32, 32\]: read"):
         read_images(tmp_path / "a.npz", (1, 32, 32))
-    with pytest.raises(DitkitError, match="does not exist"):
+    with pytest.raises(DitkitError, match="is neither a folder of images"):
         read_images(tmp_path / "c", (1, 28, 28))
     (tmp_path / "d.npz").write_bytes(b"nothing")
-    with pytest.raises(DitkitError, match="holds no images"):
+    with pytest.raises(DitkitError, match=r"is no \.npz that can be read"):
         read_images(tmp_path / "d.npz", (1, 28, 28))
 
 
