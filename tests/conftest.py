@@ -19,6 +19,7 @@ from ditkit.cli import main
 from ditkit.models import JiTConfig, Model
 from ditkit.recipe import Evaluate, Recipe, Sample, Train
 from ditkit.recipes import digits
+from ditkit.training import Trainer
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("DITKIT_CACHE", str(Path(tempfile.gettempdir()) / "ditkit-tests"))  # nothing in a home folder
@@ -74,6 +75,19 @@ def randomise(model: Model, seed: int = 0, std: float = 0.2) -> Model:
 def randomised(config: Any, seed: int = 0) -> Model:
     """A network with such weights; small ones, so that deep networks do not saturate."""
     return randomise(config.build(), seed, 0.08)
+
+
+def losses(recipe: Recipe, steps: int, std: float = 0.0) -> list[tuple[float, float]]:
+    """Loss and norm of the gradient, step by step; with `std` of weights under which nothing is zero."""
+    trainer = Trainer(recipe.fitted(data := recipe.data.open()), data)
+    if std:
+        mode = trainer.model.training
+        randomise(trainer.model, std=std).train(mode)
+    found = []
+    for step in range(steps):
+        terms, norm, _ = trainer.advance(trainer.read(step))
+        found.append((terms["loss"], norm))
+    return found
 
 
 def tiny_autoencoder(folder: Path) -> Path:

@@ -129,7 +129,11 @@ def needed(recipe: Recipe) -> str:
     n is the number of samples; the second of three numbers counts tokens, and any number of them is right. Empty where
     nothing is missing, as in all that was trained here.
     """
-    return ", ".join(f"{name} [{' '.join(map(str, ('n', *v.shape[1:])))}]" for name, v in _needed(recipe).items())
+    return _said(_needed(recipe))
+
+
+def _said(wanted: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{name} [{' '.join(map(str, ('n', *v.shape[1:])))}]" for name, v in wanted.items())
 
 
 def _needed(recipe: Recipe) -> dict[str, Tensor]:
@@ -189,11 +193,12 @@ def checked_embeddings(
     given, negative: one row for all samples or one for each; numbers that `negative` does not say are as given. away:
     whether guidance turns away from it. Raises DitkitError for what is missing, not wanted, or does not fit.
     """
-    wanted, said = _needed(recipe), needed(recipe)
+    wanted = _needed(recipe)
     if not wanted:
         if given is not None or negative is not None:
             raise DitkitError("this model is given what its conditioner makes: leave out embeddings")
         return Conditioning(), Conditioning()
+    said = _said(wanted)
     if given is None:
         raise DitkitError(
             f"this network is given {said}, and no encoder that makes it is here: compute it with the authors' and "

@@ -62,7 +62,7 @@ def pretrained(kind: str, path: str, what: str, extra: str, download: bool, unus
     absent = [*map(str, found["missing_keys"]), *map(str, found["mismatched_keys"])]  # these would be random
     absent = [name for name in absent if not name.startswith(unused)]
     if absent:
-        raise DitkitError(f"the {what} {path} is incomplete: {min(absent)} is missing, or has another shape")
+        raise DitkitError(f"the {what} in {path} is incomplete: {min(absent)} is missing, or has another shape")
     return model.eval().requires_grad_(False)
 
 

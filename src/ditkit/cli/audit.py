@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..config import DitkitError
-from .configs import guidance_arguments, guidance_settings
+from .configs import guidance_arguments, guidance_settings, say
 
 __all__ = ["arguments", "run"]
 
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
         "samples": args.samples,
         "seed": args.seed,
         "device": str(device_of(args.device)),
-        "say": lambda line: print(f"{line} ...", file=sys.stderr, flush=True),
+        "say": say,
     }
     if is_run(args.what):
         if args.train is not None or rest:

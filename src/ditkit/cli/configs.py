@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any, get_origin, get_type_hints
 
 from ..config import DitkitError, from_json, lookup, names, near, said
 
-__all__ = ["guidance_arguments", "guidance_settings", "named", "read"]
+__all__ = ["guidance_arguments", "guidance_settings", "named", "read", "say"]
 
 
 def named(kind: str, text: str) -> Any:
@@ -88,6 +89,11 @@ def guidance_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--autoguide", metavar="RUN", help="guide away from a weaker model, with scale 2")
     parser.add_argument("--finish", nargs="+", metavar="NAME FIELD=VALUE", help="after all guides: rescale phi=0.7")
+
+
+def say(line: str) -> None:
+    """What begins, for a person who waits: on stderr, beside what a command prints."""
+    print(f"{line} ...", file=sys.stderr, flush=True)
 
 
 def guidance_settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import DitkitError, names
-from .configs import guidance_arguments, guidance_settings, named
+from .configs import guidance_arguments, guidance_settings, named, say
 
 if TYPE_CHECKING:
     from ..data import Dataset
@@ -58,17 +58,13 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     return _as_the_recipe(args, settings) if args.protocol is None else _by_protocol(args, settings)
 
 
-def _say(line: str) -> None:
-    print(f"{line} ...", file=sys.stderr, flush=True)
-
-
 def _by_protocol(args: argparse.Namespace, settings: dict[str, Any]) -> int:
     """Measure a run or images by a protocol, print the numbers and write a report."""
     from ..evaluation import find_protocol, images_of, judge, judge_run, write_judgement
     from ..runs import Run
 
     protocol = find_protocol(args.protocol, args.weights)
-    how = {"device": args.device, "say": _say}
+    how = {"device": args.device, "say": say}
     out = args.out
     if Run(args.run).exists():
         reference = None if args.reference is None else _reference(args.reference)
@@ -113,7 +109,7 @@ def _as_the_recipe(args: argparse.Namespace, settings: dict[str, Any]) -> int:
     folder = Run(args.run)
     folder.recipe()  # the report needs a run, not only a checkpoint
     curve(folder.rows())  # and the package that draws it: better said now than after the work
-    found = evaluate(args.run, samples=args.samples, seed=args.seed, device=args.device, say=_say, **settings)
+    found = evaluate(args.run, samples=args.samples, seed=args.seed, device=args.device, say=say, **settings)
     written = write_report(folder, found)
     for name, meaning in MEANING.items():
         if name in found.numbers:

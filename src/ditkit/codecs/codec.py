@@ -24,9 +24,12 @@ class Part(Protocol):
     def batch(self, indices: Int[Tensor, "b"]) -> Any: ...
 
 
-def examples(part: Part, most: int = EXAMPLES, at_once: int = 64) -> Iterator[Shaped[Tensor, "b *sample"]]:
-    """Samples of a part in batches, not augmented: all of them, or `most`, the same for everyone."""
-    for indices in Rng(0).some("codec", len(part), most).split(at_once):
+def examples(
+    part: Part, most: int = EXAMPLES, at_once: int = 64, name: str = "codec"
+) -> Iterator[Shaped[Tensor, "b *sample"]]:
+    """Samples of a part in batches, not augmented: all of them, or `most`, by the draw of that name, the same for
+    everyone."""
+    for indices in Rng(0).some(name, len(part), most).split(at_once):
         yield part.batch(indices).data
 
 

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from ..codecs import examples
 from ..config import DitkitError
 from ..data import Dataset, Split
 from ..pipeline import Pipeline
@@ -26,8 +27,9 @@ from .decisions import MARGIN
 from .distances import kernel_distance
 from .features import Features
 from .images import read_images
+from .measure import features_protocol
 from .memorization import share_of
-from .neighbours import Index
+from .neighbours import Index, mirrored
 
 __all__ = ["Audit", "audit", "write_audit"]
 
@@ -105,11 +107,11 @@ def audit(
     if len(images) < 20:
         raise DitkitError(f"an audit takes at least 20 images, not {len(images)}")
     protocol["samples"] = len(images)
-    held = _all(data.heldout, max(1000, len(images)))
+    held = torch.cat(list(examples(data.heldout, max(1000, len(images)), name="audit")))
 
     say(f"looking for copies among {len(data.train):,} training images")
     flip = getattr(data.train, "flip", False)
-    index = Index(lambda ids: _pair(data.train, ids), len(data.train), mirror=_mirror(data.shape) if flip else None)
+    index = Index(lambda ids: _pair(data.train, ids), len(data.train), mirror=mirrored(data.shape) if flip else None)
     index.extend(index.fitting(images[0].numel()))
     while not index.complete:
         index.extend(_AT_ONCE)
@@ -135,15 +137,14 @@ def audit(
     say("comparing features")
     features = Features(size, device)
     sampled, reference = features(images), features(held)
-    some = Rng(0).some("audit", len(data.train), _FEATURED)
-    train = torch.cat([features(data.train.batch(ids).data) for ids in some.split(_AT_ONCE)])
+    train = torch.cat([features(part) for part in examples(data.train, _FEATURED, name="audit")])
     for name, other in (("kid_train", train), ("kid_heldout", reference)):
         estimate = kernel_distance(sampled, other)
         numbers |= {name: estimate.value, f"{name}_error": estimate.error}
     drawn, new = (index.short(_vectors(part)) for part in (images, held))
     tests = {"c_t": copy_test(drawn, new, index.rows), "c_t_features": copy_test(sampled, reference, train)}
     numbers |= {name: test.value for name, test in tests.items()}
-    protocol["features"] = {"network": features.name, "sha256": features.sha256, "size": size, "training": len(train)}
+    protocol["features"] = features_protocol(features) | {"training": len(train)}
     for name, test in tests.items():
         protocol[name] = f"64 components, {test.cells} of {test.all_cells} cells, with {test.samples} of the samples"
 
@@ -222,11 +223,6 @@ def write_audit(found: Audit, folder: Path) -> list[Path]:
     return write(Report(f"Audit of {found.title}", sections, data), folder)
 
 
-def _all(split: Split, most: int) -> UInt8[Tensor, "n c h w"]:
-    ids = Rng(0).some("audit", len(split), most)
-    return torch.cat([split.batch(part).data for part in ids.split(_AT_ONCE)])
-
-
 def _vectors(images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
     return images.flatten(1).float()
 
@@ -234,10 +230,6 @@ def _vectors(images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
 def _pair(split: Split, ids: Int[Tensor, "b"]) -> tuple[Tensor, Tensor]:
     images = split.batch(ids).data
     return images, _vectors(images)
-
-
-def _mirror(shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
-    return lambda vectors: vectors.reshape(-1, *shape).flip(-1).flatten(1)
 
 
 def _own(index: Index, split: Split, nearest: Int[Tensor, "n"]) -> Float[Tensor, "n"]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..rng import Rng
 
-__all__ = ["Interval", "bootstrap_mean"]
+__all__ = ["Interval", "bootstrap_mean", "percentiles"]
 
 _DRAWS = 1 << 22  # indices in memory at a time: 32 MiB
 
@@ -38,5 +38,10 @@ def bootstrap_mean(values: Float[Tensor, "n"], resamples: int = 1000, seed: int 
         shape = (min(rows, resamples - first), n)
         means.append(values[torch.randint(n, shape, generator=generator)].mean(1))
     drawn = torch.cat(means)
-    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Interval(float(values.mean()), float(drawn.std()), low, high)
+    return Interval(float(values.mean()), float(drawn.std()), *percentiles(drawn))
+
+
+def percentiles(drawn: Float[Tensor, "r"]) -> tuple[float, float]:
+    """The 2.5% and 97.5% percentiles of what resamples gave: the interval of 95%."""
+    low, high = drawn.double().quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ..config import DitkitError, lookup, to_json
 from ..data import Dataset
@@ -17,7 +16,7 @@ from ..recipe import device_of
 from ..report import Listing, Report, Section, Table, Value, provenance, write
 from .heldout import original
 from .labels import RULES, labels_by
-from .measure import CAPTIONS, sampling_protocol
+from .measure import CAPTIONS, draw, sampling_protocol
 from .networks import Network
 from .protocols import Evaluator, Number, identity, parts
 from .references import Reference, look, read_statistics, reference_of_images
@@ -123,10 +122,12 @@ def judge_run(
     rule = labels or (protocol.labels if protocol.labels in RULES else "in_turn")
     count = pipeline.recipe.evaluate.samples if samples is None else samples
     asked = labels_by(rule, len(pipeline.classes), count, seed)
-    against: str | Path | Dataset | Images = original(pipeline.recipe.data).open() if reference is None else reference
+    own = original(pipeline.recipe.data).open() if reference is None or pipeline.captioned else None
+    against = own if reference is None else reference
+    assert against is not None
     given: dict[str, Any] = {"label": asked}
-    if pipeline.captioned:
-        _, given = pipeline.like(original(pipeline.recipe.data).open().heldout, count)
+    if pipeline.captioned and own is not None:
+        _, given = pipeline.like(own.heldout, count)
     say(f"drawing {count} samples")
     images = _drawn(pipeline, given, count, seed, settings)
     found = judge(protocol, images, against, device=device, cache=cache, say=say)
@@ -136,14 +137,8 @@ def judge_run(
 
 
 def _drawn(pipeline: Pipeline, given: dict[str, Any], count: int, seed: int, settings: dict[str, Any]) -> Images:
-    """Samples in memory, drawn under a progress bar. Raises DitkitError for a model that draws no images."""
-    with tqdm(unit="step", leave=False, dynamic_ncols=True) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        drawn = pipeline.sample(count=count, seed=seed, progress=progress, **given, **settings)
+    """Samples in memory. Raises DitkitError for a model that draws no images."""
+    drawn = draw(pipeline, given, count, seed, settings)
     if drawn.ndim != 4 or drawn.dtype != torch.uint8:
         raise DitkitError(f"protocols measure images, and this model draws {drawn.dtype} {list(drawn.shape[1:])}")
     return images_in_memory(drawn, f"{count} samples of {pipeline.origin}, seed {seed}")

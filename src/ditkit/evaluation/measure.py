@@ -41,6 +41,7 @@ __all__ = [
     "Measurement",
     "blurred",
     "codec_kid",
+    "draw",
     "evaluate",
     "features_protocol",
     "heldout_features",
@@ -194,7 +195,7 @@ def _measure_images(
     given: dict[str, Any] = {"label": labels}
     if pipeline.captioned or isinstance(recipe.model, ControlConfig):
         labels, given = pipeline.like(data.heldout, count)
-    images = _draw(pipeline, given, count, seed, settings)
+    images = draw(pipeline, given, count, seed, settings)
     numbers: dict[str, float | None] = {}
     protocol = sampling_protocol(pipeline, chosen, count, seed)
     protocol |= {"reference": f"held-out part of {data.source}", "reference_images": len(real)}
@@ -204,7 +205,7 @@ def _measure_images(
         say("comparing edges")
         control = given["control"]
         protocol["control"] = "of held-out images, with their labels"
-        plain = _draw(pipeline, {k: v for k, v in given.items() if k != "control"}, count, seed, settings)
+        plain = draw(pipeline, {k: v for k, v in given.items() if k != "control"}, count, seed, settings)
         for name, drawn in (("edge_agreement", images), ("edge_agreement_base", plain)):
             agreement = edge_agreement(pipeline.controls(drawn), control)
             numbers[name], numbers[f"{name}_error"] = agreement.value, agreement.error
@@ -219,7 +220,7 @@ def _measure_images(
     say("comparing features")
     reference = features(real)
     sampled = features(images)
-    untrained = _draw(_untrained(pipeline), given, count, seed, settings)
+    untrained = draw(_untrained(pipeline), given, count, seed, settings)
     sets = {
         "kid": sampled,
         "kid_untrained": features(untrained),
@@ -262,7 +263,7 @@ def _measure_texts(
     say(f"drawing {count} samples")
     chosen = pipeline.settings(**settings)
     labels = pipeline.labels(None, count)
-    samples = _draw(pipeline, {"label": labels}, count, seed, settings)
+    samples = draw(pipeline, {"label": labels}, count, seed, settings)
     texts = strings(samples)
     numbers: dict[str, float | None] = {}
     protocol = sampling_protocol(pipeline, chosen, count, seed)
@@ -331,8 +332,7 @@ def measure_kid(pipeline: Pipeline, *, seed: int = 0, **settings: Any) -> Measur
 
 def codec_kid(pipeline: Pipeline) -> float:
     """The kernel distance of held-out images to themselves after the codec: what a perfect network would give."""
-    recipe = pipeline.recipe
-    data = original(recipe.data)
+    recipe, data = pipeline.recipe, original(pipeline.recipe.data)
     features, reference, _ = heldout_features(data, recipe.evaluate.size, str(pipeline.device))
     split = data.open().heldout
     images = _samples(split, len(split))[0].to(pipeline.device)
@@ -370,8 +370,8 @@ def features_protocol(features: Features) -> dict[str, Any]:
     return {"network": features.name, "sha256": features.sha256, "size": features.size}
 
 
-def _draw(pipeline: Pipeline, given: dict[str, Any], count: int, seed: int, settings: dict[str, Any]) -> Tensor:
-    """Samples, under a progress bar; given: their labels or captions, control images."""
+def draw(pipeline: Pipeline, given: dict[str, Any], count: int, seed: int, settings: dict[str, Any]) -> Tensor:
+    """Samples, under a progress bar; given: their labels or captions, control images; settings: fields of `Sample`."""
     with tqdm(unit="step", leave=False, dynamic_ncols=True) as bar:
 
         def progress(done: int, total: int) -> None:

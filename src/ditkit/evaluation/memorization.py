@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..config import DitkitError
 from ..rng import Rng
+from .intervals import percentiles
 
 __all__ = ["FMem", "Neighbours", "f_mem", "memorized", "share_of", "within_class_distance"]
 
@@ -115,7 +116,7 @@ def share_of(copies: Bool[Tensor, "n"], resamples: int = 1000, seed: int = 0) ->
     generator = Rng(seed).generator("bootstrap")
     counts = torch.full((resamples,), float(n), dtype=torch.float64)
     fractions = torch.binomial(counts, torch.full_like(counts, value), generator=generator) / n
-    low, high = fractions.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    low, high = percentiles(fractions)
     return FMem(value, fractions.std().item(), low, high, n)
 
 

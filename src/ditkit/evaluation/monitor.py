@@ -28,8 +28,9 @@ from ..reconstructions import Reconstructions
 from ..rng import Rng
 from .distances import kernel_distance
 from .features import Features
+from .intervals import percentiles
 from .memorization import share_of
-from .neighbours import Index, Near
+from .neighbours import Index, Near, mirrored
 
 __all__ = ["Observation", "Observer"]
 
@@ -220,10 +221,9 @@ class Observer:
 
     def _mirror(self) -> Callable[[Float[Tensor, "b d"]], Float[Tensor, "b d"]] | None:
         """Mirrors vectors where training mirrors images."""
-        shape = self.data.shape
         if not getattr(self.recipe.data, "flip", False) or not isinstance(self.recipe.codec, Pixels):
             return None
-        return lambda vectors: vectors.reshape(-1, *shape).flip(-1).flatten(1)
+        return mirrored(self.data.shape)
 
     def _read_more(self, index: Index, kind: str, end: float, part: float) -> None:
         """Read more training samples, for a part of the time that is left."""
@@ -367,6 +367,4 @@ def _interval(
     sums = torch.zeros(count, dtype=torch.float64).index_add(0, probe, values)
     sizes = torch.zeros(count, dtype=torch.float64).index_add(0, probe, torch.ones_like(values))
     chosen = torch.randint(count, (resamples, count), generator=Rng(0).generator("bootstrap"))
-    means = sums[chosen].sum(1) / sizes[chosen].sum(1).clamp(min=1)
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
+    return percentiles(sums[chosen].sum(1) / sizes[chosen].sum(1).clamp(min=1))

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..config import DitkitError
 from ..rng import Rng
 
-__all__ = ["AXES", "MOST", "Index", "Near"]
+__all__ = ["AXES", "MOST", "Index", "Near", "mirrored"]
 
 AXES = 256
 """Numbers that are kept of each sample."""
@@ -42,6 +42,11 @@ class Near:
     d2: Float[Tensor, "n"]
     copied: Bool[Tensor, "n"]
     """d1 / d2 below the threshold."""
+
+
+def mirrored(shape: tuple[int, ...]) -> Callable[[Float[Tensor, "b d"]], Float[Tensor, "b d"]]:
+    """What mirrors vectors of images [c h w] left to right."""
+    return lambda vectors: vectors.reshape(-1, *shape).flip(-1).flatten(1)
 
 
 class Index:

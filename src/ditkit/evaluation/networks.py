@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from ..config import DitkitError
 from ..encoders import Transformers
 from ..encoders.transformers import MEAN, STD
 from ..files import sha256
+from ..hub import pretrained
 from .features import Features
 
 __all__ = ["CleanInception", "Clip", "Dino", "FidelityInception", "Lite", "Network", "ScriptedInception", "Seen"]
@@ -183,21 +183,8 @@ class Clip:
 
     def __init__(self, path: str, device: torch.device | str, protocol: str):
         folder = _folder(path, protocol, "openai/clip-vit-large-patch14-336")
-        try:
-            from transformers import CLIPVisionModelWithProjection
-        except ImportError:
-            raise DitkitError(f"the protocol {protocol} needs transformers: pip install 'ditkit[encoders]'") from None
-        try:
-            loaded: Any = CLIPVisionModelWithProjection.from_pretrained(
-                str(folder), local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-            )
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise DitkitError(f"{folder} holds no CLIP that can be loaded: {first}") from None
-        network, read = loaded
-        if missing := sorted(map(str, (*read["missing_keys"], *read["mismatched_keys"]))):  # these would be random
-            raise DitkitError(f"the CLIP in {folder} is incomplete: {missing[0]} is missing, or has another shape")
-        self.network = network.eval().requires_grad_(False).to(device)
+        network = pretrained("CLIPVisionModelWithProjection", str(folder), "CLIP", "encoders", download=False)
+        self.network = network.to(device)
         self.size, self.device = int(network.config.image_size), device
         self.name, self.sha256 = f"CLIP of transformers at {self.size} px", _weights(folder)
 

@@ -242,13 +242,15 @@ class Trainer:
 
     def pipeline(self) -> Pipeline | Reconstructions:
         """What the network is for, on the averaged weights that sampling uses; it shares their memory."""
-        recipe = self.recipe
-        name = recipe.sample.average(recipe.train)
         with torch.device("meta"):
-            model = recipe.model.build()
-        weights = dict(self.model.state_dict()) if name == "model" else self.averages.tensors(name)
-        model.load_state_dict(weights, assign=True)
-        return trained(recipe, model, f"step {self.step}")
+            model = self.recipe.model.build()
+        model.load_state_dict(self.sampled()[1], assign=True)
+        return trained(self.recipe, model, f"step {self.step}")
+
+    def sampled(self) -> tuple[str, dict[str, Tensor]]:
+        """The weights that sampling uses, and their name; they go on changing."""
+        name = self.recipe.sample.average(self.recipe.train)
+        return name, dict(self.model.state_dict()) if name == "model" else self.averages.tensors(name)
 
     def save(self, run: Run) -> Path:
         """Write a checkpoint of this step. Raises DitkitError if that fails; older ones stay."""
@@ -351,10 +353,13 @@ def _look(trainer: Trainer, watch: Watch, log: Log) -> None:
     """What the network does to its data at this step; the best weights so far are kept."""
     for line in watch.look(trainer.pipeline(), trainer.step, log.seconds):
         log.say(line)
-    name = trainer.recipe.sample.average(trainer.recipe.train)
-    weights = trainer.model.state_dict() if name == "model" else trainer.averages.tensors(name)
-    groups = {name: weights} | trainer.codec()
-    watch.keep(groups, trainer.step, to_json(trainer.recipe), {"log": log.state, "data": trainer.data.source})
+    name, weights = trainer.sampled()
+    watch.keep(
+        {name: weights} | trainer.codec(),
+        trainer.step,
+        to_json(trainer.recipe),
+        {"log": log.state, "data": trainer.data.source},
+    )
 
 
 def _sheet(trainer: Trainer, run: Run) -> None:
