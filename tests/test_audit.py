@@ -140,7 +140,7 @@ def test_the_command_on_images(ditkit: Command, tmp_path: Path) -> None:
     data = ["--train", f"folder:{tmp_path / 'train'}", *read]
     done = ditkit("audit", tmp_path / "new.npz", *data, "--out", tmp_path / "report")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("kept    ") == 2
+    assert done.stdout.count("kept    ") == 3
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["passed"] is True
     assert (tmp_path / "report" / "nearest.png").exists()
@@ -159,7 +159,10 @@ def test_the_command_on_a_run(tiny: Recipe, ditkit: Command, tmp_path: Path) -> 
     done = ditkit("audit", tmp_path / "run", "--samples", "40", "--steps", "2")
     assert done.returncode in (0, 1), done.stderr  # two steps of training may draw anything but copies
     report = json.loads((tmp_path / "run" / "audit" / "report.json").read_text())
-    assert (report["f_mem"], report["protocol"]["samples"], report["protocol"]["steps"]) == (0.0, 40, "2")
+    drawn = report["protocol"]
+    assert (report["f_mem"], drawn["samples"], drawn["sampling"]["steps"]) == (0.0, 40, 2)
+    assert drawn["sampling"]["solver"]["type"].startswith("solver/")
+    assert "step-00000002/ema-" in drawn["checkpoint"]
     assert report["passed"] is (done.returncode == 0)
     bad = ditkit("audit", tmp_path / "run", "--train", "digits")
     assert (bad.returncode, "a run knows its training data: leave out --train" in bad.stderr) == (1, True)

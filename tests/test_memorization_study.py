@@ -15,8 +15,8 @@ from ditkit.data import Digits
 from ditkit.plan import gmacs
 from ditkit.recipe import Monitor
 from ditkit.studies import Finding, Results, Study, compare, find_study, read_results, write_report
-from ditkit.studies.copies import CLASSIFIER, dense, times_of
-from ditkit.studies.memorization import MODEL, SNAPSHOTS, STEPS
+from ditkit.studies.copies import CLASSIFIER, dense, seen_live, times_of
+from ditkit.studies.memorization import MODEL, NARROW, SNAPSHOTS, STEPS
 
 from .test_studies import shrunk
 
@@ -36,11 +36,12 @@ def test_the_design_is_a_sweep_over_n_and_one_over_w_of_networks_below_a_million
         train = recipe.train
         assert train.steps == SNAPSHOTS * train.snapshot_every
         assert train.cooldown == 0
-        assert train.steps == pytest.approx(STEPS[recipe.data.count] * 120 / recipe.model.hidden_size, rel=0.02), name
+        length = STEPS[recipe.data.count] * (120 / recipe.model.hidden_size) ** NARROW
+        assert train.steps == pytest.approx(length, rel=0.02), name
         same = replace(cells["n512"], data=recipe.data, model=recipe.model, train=train)
         assert same == recipe, name
-        length = {"steps": 1, "snapshot_every": 1, "checkpoint_every": 1}
-        assert replace(train, **length) == replace(cells["n512"].train, **length)
+        one = {"steps": 1, "snapshot_every": 1, "checkpoint_every": 1}
+        assert replace(train, **one) == replace(cells["n512"].train, **one)
     largest = cells["n1024"].model
     assert gmacs(largest.fitted((1, 14, 14), 10, 0), (1, 14, 14)) <= 1e-3
     full = find_study("memorization", "full")
@@ -117,23 +118,42 @@ def judged(**change: Any) -> list[bool | None]:
             where, what = name.split("__")
             if where == cell.name:
                 numbers[what] = value
+        numbers.setdefault("live_tau_mem_2", 1.1 * numbers["tau_mem_2"])
         for seed in study.seeds:
-            noisy = {k: v * (1 + 0.01 * seed) if k == "tau_mem_2" else v for k, v in numbers.items()}
+            noisy = {k: v * (1 + 0.01 * seed) if k.endswith("tau_mem_2") else v for k, v in numbers.items()}
             found[cell.name, seed] = Finding(noisy, {})
     return [v.holds for v in replace(study, claims=study.claims[:-1]).verdicts(Results(study, found))]
 
 
 def test_the_claims_break_one_by_one() -> None:
-    assert judged() == [True] * 6
-    assert judged(n256__tau_mem_2=4000.0, n1024__tau_mem_2=4000.0) == [False, True, True, True, True, True]
+    kept = [True] * 7
+
+    def missed(place: int) -> list[bool]:
+        return [k != place for k in range(7)]
+
+    assert judged() == kept
+    assert judged(n256__tau_mem_2=4000.0, n1024__tau_mem_2=4000.0) == missed(0)
     assert judged(w60__tau_mem_2=1000.0, w84__tau_mem_2=1000.0)[1] is False
-    assert judged(n1024__tau_gen=1401.0) == [True, True, False, True, True, True]
-    assert judged(n1024__tau_gen_kid=1801.0) == [True, True, True, False, True, True]
-    assert judged(w60__live_copies=118.0) == [True] * 6
-    assert judged(w60__live_copies=120.0) == [True, True, True, True, False, True]
-    assert judged(w60__live_copies=83.0) == [True, True, True, True, False, True]
-    assert judged(n512__lowest_f_mem=0.03) == [True, True, True, True, True, False]
-    assert judged(n512__last_f_mem=0.2) == [True, True, True, True, True, False]
+    assert judged(n1024__tau_gen=1401.0) == missed(2)
+    assert judged(n1024__tau_gen_kid=1801.0) == missed(3)
+    assert judged(n256__live_tau_mem_2=1.25 * 256e3 / 120) == missed(4)
+    assert judged(n256__live_tau_mem_2=0.8 * 256e3 / 120) == missed(4)
+    assert judged(w60__live_copies=118.0) == kept
+    assert judged(w60__live_copies=120.0) == missed(5)
+    assert judged(w60__live_copies=83.0) == missed(5)
+    assert judged(n512__lowest_f_mem=0.03) == missed(6)
+    assert judged(n512__last_f_mem=0.2) == missed(6)
+
+
+def test_the_monitor_is_read_as_the_snapshots_are() -> None:
+    rows = rows_of(512)
+    dense = times_of(rows)
+    live = seen_live(rows, [*rows[:3], {"step": rows[3]["step"], "heldout_loss": 1.0}, *rows[4:]])  # a look without
+    for level in (2, 10, 25):
+        assert live[f"live_tau_mem_{level}"] == pytest.approx(dense[f"tau_mem_{level}"], rel=1e-9)
+    assert live["live_copies"] == live["dense_copies"]
+    assert set(seen_live(rows, [])) == {"dense_copies"}
+    assert "live_tau_mem_25" not in seen_live(rows, [row for row in rows if row["f_mem"] < 0.2])
 
 
 def tiny() -> Study:

@@ -265,10 +265,53 @@ def test_it_keeps_its_budget(tmp_path: Path) -> None:
         watch.look(pipeline, step, 0.1 * step + watch.seconds)
         # the first 32 samples are drawn at a price that is not known yet
         assert watch.seconds <= max(0.001 * 0.1 * step, 32 * 0.002) + 1e-9
-    drawn = [row["samples"] for row in watch.rows if "samples" in row]
-    assert drawn[0] == 32
-    assert 200 < sum(drawn) <= 500
+    drawn = [(row["step"], row["samples"]) for row in watch.rows if "samples" in row]
+    assert drawn[0][1] == 32
+    assert 200 < sum(count for _, count in drawn) <= 500
     assert len(watch.rows) < len(due)
+    # time for few samples is saved for more of them
+    assert all(b >= 2 * a for (a, _), (b, _) in pairwise(drawn))
+    assert [count for _, count in drawn] == sorted(count for _, count in drawn)
+    assert drawn[-1][1] > 64
+
+
+def test_the_last_look_saves_no_time() -> None:
+    data = opened()
+    recipe = tiny(samples=512, probes=64).fitted(data)
+    pipeline = Slow(recipe, data.train.batch(torch.arange(400)).data)
+    for last, samples in ((False, None), (True, 64)):
+        observer = Observer(recipe, data, recipe.train.monitor, clock=lambda: pipeline.now)
+        rows = [observer.observe(pipeline, step, 0.35, end) for step, end in ((10, False), (12, last))]
+        assert [found and found.row.get("samples") for found in rows] == [64, samples]
+
+
+def test_the_best_weights_of_the_last_checkpoint_stay_until_the_next(tmp_path: Path) -> None:
+    data = opened()
+    recipe = tiny().fitted(data)
+    run, observer = Run(tmp_path), Observer(recipe, data, recipe.train.monitor)
+
+    def kept() -> list[int]:
+        return [int(path.name[5:]) for path in run.best()]
+
+    def look(watch: Watch, step: int, kid: float) -> None:
+        watch.rows.append({"step": step, "kid": kid, "f_mem": 0.0, "f_mem_low": 0.0, "floor": 0.0, "samples": 64})
+        watch.keep({"ema": {"weight": torch.zeros(2)}}, step, {}, {"log": {}, "data": ""})
+
+    watch = Watch(run, recipe.train.monitor, observer, 0)
+    look(watch, 1, 9.0)
+    look(watch, 2, 8.0)
+    assert kept() == [2]
+    watch.saved(3)
+    look(watch, 4, 7.0)
+    look(watch, 5, 7.5)
+    assert kept() == [2, 4]
+    look(watch, 6, 6.0)
+    assert kept() == [2, 6]
+    Watch(run, recipe.train.monitor, observer, 3)  # killed, and begun again from step 3
+    assert kept() == [2]
+    look(watch, 7, 5.0)
+    watch.saved(8)
+    assert kept() == [7]
 
 
 def test_settings_that_cannot_be() -> None:

@@ -235,11 +235,14 @@ class Run:
 
     def checkpoints(self) -> list[Path]:
         """Folders of finished checkpoints, oldest first."""
-        return sorted((self.folder / "checkpoints").glob("step-*"))
+        return self._saved("checkpoints")
 
     def snapshots(self) -> list[Path]:
         """Folders of finished snapshots of power-function averages, oldest first."""
-        return sorted((self.folder / "snapshots").glob("step-*"))
+        return self._saved("snapshots")
+
+    def _saved(self, where: str) -> list[Path]:
+        return sorted((self.folder / where).glob("step-*"))
 
     def newest(self) -> Checkpoint | None:
         """The newest complete checkpoint, None before the first. Raises DitkitError if it is damaged."""
@@ -284,21 +287,21 @@ class Run:
             ) from None
         return final
 
-    def prune(self, keep: int) -> None:
-        """Remove all but the newest checkpoints."""
-        _remove(self.checkpoints()[:-keep])
+    def prune(self, keep: int, where: str = "checkpoints") -> None:
+        """Remove all but the newest checkpoints, or best weights."""
+        _remove(self._saved(where)[:-keep])
 
     def cut_snapshots(self, step: int) -> None:
         """Remove the snapshots after a step: what comes there next need not be what came there before."""
         _remove([p for p in self.snapshots() if step_of(p) > step])
 
     def best(self) -> list[Path]:
-        """Folders of the monitor's best weights: one, or two where a kill came between."""
-        return sorted((self.folder / "best").glob("step-*"))
+        """Folders of the monitor's best weights: those of all evaluations last, before them the last checkpoint's."""
+        return self._saved("best")
 
-    def cut_best(self, step: int) -> None:
-        """Remove the best weights after a step, as the monitor's rows after it are dropped."""
-        _remove([p for p in self.best() if step_of(p) > step])
+    def cut_best(self, step: int, but: int | None = None) -> None:
+        """Remove the best weights after a step, but those of one, as the monitor's rows after it are dropped."""
+        _remove([p for p in self.best() if step_of(p) > step and step_of(p) != but])
 
     def rows(self) -> list[dict[str, Any]]:
         """The log, without a last line that a kill cut off."""

@@ -27,8 +27,8 @@ from .decisions import MARGIN
 from .distances import kernel_distance
 from .features import Features
 from .images import read_images
-from .measure import features_protocol
-from .memorization import share_of
+from .measure import features_protocol, sampling_protocol
+from .memorization import memorized, share_of
 from .neighbours import Index, mirrored
 
 __all__ = ["Audit", "audit", "write_audit"]
@@ -93,12 +93,8 @@ def audit(
         some = Rng(0).some("labels", len(data.train), samples)
         asked = what.asked(data.train.batch(some[torch.arange(samples) % len(some)]))
         images = what.sample(**asked, count=samples, seed=seed, **settings)
-        chosen = {k: getattr(what.settings(**settings), k) for k in ("steps", "guidance")}
-        protocol |= {
-            "checkpoint": what.origin,
-            "given": f"{next(iter(asked))}s of training images" if asked else "nothing",
-        }
-        protocol |= {"seed": seed, **{k: str(v) for k, v in chosen.items()}}
+        protocol |= sampling_protocol(what, what.settings(**settings), samples, seed)
+        protocol["labels"] = f"{next(iter(asked))}s of training images" if asked else "none"
     else:
         title = Path(what).name
         say("reading the images")
@@ -138,6 +134,13 @@ def audit(
     features = Features(size, device)
     sampled, reference = features(images), features(held)
     train = torch.cat([features(part) for part in examples(data.train, _FEATURED, name="audit")])
+    seen, seen_floor = (share_of(memorized(part, train).memorized) for part in (sampled, reference))
+    numbers |= {
+        "f_mem_features": seen.value,
+        "f_mem_features_low": seen.low,
+        "f_mem_features_high": seen.high,
+        "f_mem_features_floor": seen_floor.value,
+    }
     for name, other in (("kid_train", train), ("kid_heldout", reference)):
         estimate = kernel_distance(sampled, other)
         numbers |= {name: estimate.value, f"{name}_error": estimate.error}
@@ -165,12 +168,16 @@ def audit(
 def _verdicts(numbers: dict[str, float]) -> tuple[tuple[str, str, bool], ...]:
     """What must hold of a model that copies nothing."""
     n = numbers
-    return (
+    copies = tuple(
         (
-            f"f_mem is not above that of held-out images by more than {MARGIN:.0%} (95%)",
-            f"{n['f_mem']:.2%} ({n['f_mem_low']:.2%} to {n['f_mem_high']:.2%}) against {n['f_mem_floor']:.2%}",
-            n["f_mem_low"] <= n["f_mem_floor"] + MARGIN,
-        ),
+            f"f_mem {where} is not above that of held-out images by more than {MARGIN:.0%} (95%)",
+            f"{n[name]:.2%} ({n[f'{name}_low']:.2%} to {n[f'{name}_high']:.2%}) against {n[f'{name}_floor']:.2%}",
+            n[f"{name}_low"] <= n[f"{name}_floor"] + MARGIN,
+        )
+        for name, where in (("f_mem", "in pixels"), ("f_mem_features", "in features"))
+    )
+    return (
+        *copies,
         (
             f"C_T is above {THRESHOLD:g}: samples are no nearer to training images than held-out ones are",
             f"{number(n['c_t'])} in pixels, {number(n['c_t_features'])} in features",
@@ -182,6 +189,8 @@ def _verdicts(numbers: dict[str, float]) -> tuple[tuple[str, str, bool], ...]:
 _MEANING = {
     "f_mem": "share of samples that copy: nearer to a training image than a third of the way to the next one",
     "f_mem_floor": "the same of held-out images: what counts as a copy by chance",
+    "f_mem_features": "f_mem in features",
+    "f_mem_features_floor": "the same of held-out images",
     "c_t": "copy test of Meehan et al. in pixels; far below 0 = nearer to training data than held-out data is",
     "c_t_features": "the same in features",
     "authentic": "share of samples further from their nearest training image than this is from its own nearest one",

@@ -36,6 +36,7 @@ __all__ = ["Observation", "Observer"]
 
 _DRAWS = 2  # times and noises for each probe
 _LEAST = 32  # pairs of probes, and samples, below which nothing is said
+_ENOUGH = 256  # samples; while there is time for fewer, it is saved until the number of steps has doubled
 _FLOOR = 512  # held-out samples that are looked for among the training samples
 _REFERENCE = 1000  # held-out images that samples are compared with
 _AT_ONCE = 64
@@ -92,13 +93,19 @@ class Observer:
         continuous = recipe.model.vocab == 0 and not isinstance(recipe.model, ControlConfig)
         self.index = Index(self._vectors, len(data.train), mirror=self._mirror()) if continuous else None
         self.floor: dict[str, tuple[float, int]] = {}
+        self.sampled = 0  # the last step with samples
         self.features: Features | None = None
         self.of_training: Index | None = None
         self.reference: list[Float[Tensor, "b d"]] = []
         self.pictures = continuous and (data.codec is not None or (len(data.shape) == 3 and data.shape[0] in (1, 3)))
 
-    def observe(self, pipeline: Pipeline | Reconstructions, step: int, allowed: float) -> Observation | None:
-        """Look at the network after a step, for about so many seconds; None where there is no time for anything."""
+    def observe(
+        self, pipeline: Pipeline | Reconstructions, step: int, allowed: float, last: bool = False
+    ) -> Observation | None:
+        """Look at the network after a step, for about so many seconds; None where there is no time for anything.
+
+        last: there is no later look for which time could be saved.
+        """
         end = self.clock() + allowed
         self.device = pipeline.device
         plain = isinstance(pipeline, Pipeline)
@@ -118,7 +125,7 @@ class Observer:
         self._read_more(self.index, "row", end, 0.5)
         if self.index.complete and len(self.index) >= 2:
             try:
-                self._sampled(pipeline, found, end)
+                self._sampled(pipeline, found, end, last)
             except NotFinite:
                 found.row["samples"] = 0  # early in a training with few solver steps
         return found
@@ -242,13 +249,15 @@ class Observer:
                 index.extend(count)
 
     @torch.no_grad()
-    def _sampled(self, pipeline: Pipeline, found: Observation, end: float) -> None:
+    def _sampled(self, pipeline: Pipeline, found: Observation, end: float, last: bool) -> None:
         """Draw as many samples as there is time for, look for copies, and compare with held-out data."""
         assert self.index is not None
         first = "sample" not in self.prices.seconds
         count = min(_LEAST, self.settings.samples) if first else self._affordable(end - self.clock())
-        if count == 0:
+        saving = count < min(_ENOUGH, self.settings.samples) and found.row["step"] < 2 * self.sampled and not last
+        if count == 0 or saving:
             return
+        self.sampled = found.row["step"]
         x0, near = self._drawn(pipeline, self.index, count)
         if first and (more := self._affordable(end - self.clock())) > count:
             count = more

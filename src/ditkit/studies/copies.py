@@ -31,7 +31,7 @@ from ..runs import Run, step_of
 from .laws import crossing
 from .study import Cell, Finding
 
-__all__ = ["GOOD", "LEVELS", "PER_OCTAVE", "dense", "measure_copies", "times_of"]
+__all__ = ["GOOD", "LEVELS", "PER_OCTAVE", "dense", "measure_copies", "seen_live", "times_of"]
 
 PER_OCTAVE = 5
 LEVELS = (0.02, 0.10, 0.25)
@@ -91,7 +91,7 @@ def measure_copies(folder: Path, cell: Cell, seed: int) -> Finding:
         "gmacs": gmacs(model, model.shape),
         "parameters": float(sum(p.numel() for p in pipeline.model.parameters() if p.requires_grad)),
         **times_of(rows),
-        **_live(rows, run.watched()),
+        **seen_live(rows, run.watched()),
     }
     protocol = {
         **sampling_protocol(pipeline, pipeline.settings(), count, seed),
@@ -150,7 +150,13 @@ def times_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _live(rows: Sequence[Mapping[str, Any]], live: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The step at which copies begin by the monitor's rule: as the monitor of the training saw it, and densely."""
+def seen_live(rows: Sequence[Mapping[str, Any]], live: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What the monitor of the training saw: tau_mem as `times_of` reads it, and the step at which copies begin by its
+    rule; this densely, too."""
     seen: dict[str, Decisions] = {"dense": decide(rows)} | ({"live": decide(live)} if live else {})
-    return {f"{name}_copies": float(d.copies) for name, d in seen.items() if d.copies is not None}
+    found = {f"{name}_copies": float(d.copies) for name, d in seen.items() if d.copies is not None}
+    drawn = [(float(row["step"]), float(row["f_mem"])) for row in live if row.get("f_mem") is not None]
+    for level in LEVELS:
+        at = crossing([step for step, _ in drawn], [share for _, share in drawn], level)
+        found |= {} if at is None else {f"live_tau_mem_{round(100 * level)}": at}
+    return found

@@ -328,7 +328,7 @@ def _steps(trainer: Trainer, run: Run, saved: Checkpoint | None, quiet: bool) ->
             log.step(trainer.step, settings.batch, {**terms, "grad_norm": norm}, lr=rate)
             done = trainer.step == settings.steps
             if watch.due(trainer.step, done):
-                _look(trainer, watch, log)
+                _look(trainer, watch, log, done)
             trainer.log_state = log.state
             # the sheet first: a kill in between then repeats both, and loses neither
             if settings.sample_every and (trainer.step % settings.sample_every == 0 or done):
@@ -336,22 +336,16 @@ def _steps(trainer: Trainer, run: Run, saved: Checkpoint | None, quiet: bool) ->
             if settings.snapshot_every and trainer.step % settings.snapshot_every == 0:
                 trainer.snapshot(run)
             if trainer.step % settings.checkpoint_every == 0 or done:
-                log.sync()
-                _files(trainer, run)
-                last = trainer.save(run)
-                run.prune(settings.keep)
+                last = _save(trainer, run, watch, log)
         if asked and trainer.step < settings.steps:
-            log.sync()
-            _files(trainer, run)
-            trainer.save(run)
-            run.prune(settings.keep)
+            _save(trainer, run, watch, log)
             log.say(f"stopped after step {trainer.step}; go on with: ditkit train {run.folder}")
     return trainer.step == settings.steps
 
 
-def _look(trainer: Trainer, watch: Watch, log: Log) -> None:
+def _look(trainer: Trainer, watch: Watch, log: Log, last: bool) -> None:
     """What the network does to its data at this step; the best weights so far are kept."""
-    for line in watch.look(trainer.pipeline(), trainer.step, log.seconds):
+    for line in watch.look(trainer.pipeline(), trainer.step, log.seconds, last):
         log.say(line)
     name, weights = trainer.sampled()
     watch.keep(
@@ -383,10 +377,15 @@ def _fitted(recipe: Recipe, data: Dataset, checkpoint: Checkpoint | None, start:
     return recipe.fitted(data)
 
 
-def _files(trainer: Trainer, run: Run) -> None:
-    """What belongs beside the checkpoint of this step."""
+def _save(trainer: Trainer, run: Run, watch: Watch, log: Log) -> Path:
+    """Write a checkpoint and what belongs beside it, and remove what it replaces."""
+    log.sync()
     for name, content in trainer.pipeline().files(trainer.data).items():
         atomic_write(run.folder / name, content)
+    saved = trainer.save(run)
+    run.prune(trainer.settings.keep)
+    watch.saved(trainer.step)
+    return saved
 
 
 def _same_run(run: Run, recipe: Recipe) -> None:

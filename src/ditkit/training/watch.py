@@ -8,7 +8,6 @@ best/step-00001000/   the averaged weights of the best evaluation before copies 
 from __future__ import annotations
 
 import json
-import shutil
 from typing import Any
 
 from ..config import DitkitError
@@ -32,7 +31,7 @@ class Watch:
 
     def __init__(self, run: Run, settings: Monitor, observer: Observer, step: int):
         """step: of the checkpoint that the training goes on from; later rows are dropped."""
-        self.run, self.settings, self.observer = run, settings, observer
+        self.run, self.settings, self.observer, self.checkpoint = run, settings, observer, step
         self.rows = [row for row in run.watched() if row["step"] <= step]
         if run.monitor.exists():
             atomic_write(run.monitor, "".join(json.dumps(row) + "\n" for row in self.rows))
@@ -44,11 +43,11 @@ class Watch:
         """Whether to look after this step; in the end there is always a look, if there is time for one."""
         return self.settings.budget > 0 and (done or self.settings.due(step))
 
-    def look(self, pipeline: Pipeline | Reconstructions, step: int, elapsed: float) -> list[str]:
+    def look(self, pipeline: Pipeline | Reconstructions, step: int, elapsed: float, last: bool = False) -> list[str]:
         """Look at the network after a step; what is new is said. elapsed: seconds of training and monitor together."""
         begun = self.observer.clock()
         training = elapsed - self.seconds
-        found = self.observer.observe(pipeline, step, self.settings.budget * training - self.seconds)
+        found = self.observer.observe(pipeline, step, self.settings.budget * training - self.seconds, last)
         news: list[str] = []
         if found is not None:
             if found.pairs is not None:
@@ -62,15 +61,21 @@ class Watch:
         return news
 
     def keep(self, weights: dict[str, Any], step: int, recipe: dict[str, Any], state: dict[str, Any]) -> None:
-        """Keep the averaged weights of this evaluation if it is the best so far, and no others."""
+        """Keep the averaged weights of this evaluation if it is the best so far.
+
+        Those of the last checkpoint stay until there is the next: a training that is killed sooner goes on from it.
+        """
         begun = self.observer.clock()
         row = self.rows[-1] if self.rows else {}
         if row.get("step") == step and row.get("f_mem") is not None and decide(self.rows).best == step:
-            kept = self.run.save(step, recipe, weights, state, where="best")
-            for other in self.run.best():
-                if other != kept:
-                    shutil.rmtree(other)
+            self.run.save(step, recipe, weights, state, where="best")
+            self.run.cut_best(self.checkpoint, but=step)
         self.seconds += self.observer.clock() - begun
+
+    def saved(self, step: int) -> None:
+        """A checkpoint has been written: only the best weights of all are kept."""
+        self.checkpoint = step
+        self.run.prune(1, "best")
 
     def _write(self, row: dict[str, Any]) -> None:
         try:
