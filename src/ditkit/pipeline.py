@@ -15,7 +15,7 @@ from torch import Tensor
 from .conditioners import text_encoder
 from .conditioning import Conditioning, Given, Known
 from .config import DitkitError, NotFinite, near, registered_as
-from .data import Batch, Dataset, Split, points, strings
+from .data import Batch, Dataset, Split, evenly, points, strings
 from .diffusion import (
     Autoguidance,
     ClassifierFree,
@@ -157,7 +157,7 @@ class Pipeline:
 
         Raises DitkitError if control images are wanted that the conditioner does not make.
         """
-        batch = split.batch(torch.arange(count) * len(split) // count)
+        batch = split.batch(evenly(split, count))
         given = self.asked(batch)
         if isinstance(self.recipe.model, ControlConfig):
             given["control"] = self.controls(batch.data)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .codecs import Pixels, examples, trained
 from .config import DitkitError, registered_as
-from .data import Dataset, Split
+from .data import Dataset, Split, evenly
 from .models import Autoencoder
 from .recipe import Recipe
 
@@ -69,7 +69,7 @@ class Reconstructions:
         """Ten held-out images above their reconstructions, four times, and the images in a row."""
         split = data.heldout if len(data.heldout) else data.train
         count, rows = min(40, len(split)), []
-        shown = split.batch(torch.arange(count) * len(split) // count).data
+        shown = split.batch(evenly(split, count)).data
         for part in shown.split(10):
             rows += [part, self.decode(self.encode(part)[0])]
         # a last row that is short would mix originals and reconstructions

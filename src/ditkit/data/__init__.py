@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .captions import Captions
-from .dataset import Batch, Dataset, InMemory, Order, Split
+from .dataset import Batch, Dataset, InMemory, Order, Split, evenly
 from .digits import Digits
 from .elsewhere import Elsewhere
 from .emoji import Emoji
@@ -33,6 +33,7 @@ __all__ = [
     "Split",
     "Twins",
     "Unreadable",
+    "evenly",
     "points",
     "prompt",
     "read_image",

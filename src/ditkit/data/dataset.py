@@ -19,7 +19,7 @@ from torch import Tensor
 from ..conditioning import Given, Tokens
 from ..rng import Draw, Rng
 
-__all__ = ["Batch", "Dataset", "InMemory", "Order", "Split", "augment", "share"]
+__all__ = ["Batch", "Dataset", "InMemory", "Order", "Split", "augment", "evenly", "share"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,11 @@ class Split(Protocol):
     def batch(self, indices: Int[Tensor, "b"], rng: Draw | None = None) -> Batch:
         """The samples of these indices: plain, or augmented for training by `rng`, whose rows belong to the indices."""
         ...
+
+
+def evenly(split: Split, count: int) -> Int[Tensor, "n"]:
+    """The indices of so many samples spread evenly over a split, the first among them."""
+    return torch.arange(count) * len(split) // count
 
 
 def augment(images: UInt8[Tensor, "b c h w"], flip: bool, rng: Draw | None) -> UInt8[Tensor, "b c h w"]:

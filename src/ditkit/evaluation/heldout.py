@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..data import Prepared, Split
+from ..data import Prepared, Split, evenly
 from ..pipeline import Pipeline
 from ..rng import Rng
 
@@ -27,8 +27,8 @@ def mean_loss(pipeline: Pipeline, split: Split, samples: int = 1000) -> float:
     """
     recipe, rng = pipeline.recipe, Rng(0)
     total, count = 0.0, min(samples, len(split))
-    for ids in torch.arange(count).split(100):
-        batch, draws = split.batch(ids * len(split) // count), rng.at(0, ids.to(pipeline.device))
+    for ids, places in zip(evenly(split, count).split(100), torch.arange(count).split(100), strict=True):
+        batch, draws = split.batch(ids), rng.at(0, places.to(pipeline.device))
         cond = recipe.given(batch.given, pipeline.device)
         x0 = recipe.codec.encode(batch.data.to(pipeline.device), draws)
         total += float(recipe.objective.loss(pipeline.denoiser, x0, cond, draws).total.sum())

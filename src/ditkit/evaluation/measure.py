@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..config import DitkitError, near, to_json
-from ..data import Dataset, Split, strings
+from ..data import Dataset, Split, evenly, strings
 from ..models import ControlConfig
 from ..pipeline import Pipeline, open_run
 from ..recipe import Gate, Sample
@@ -278,8 +278,7 @@ def _measure_texts(
         ("bits_per_character", data.heldout, len(heldout)),
         ("bits_per_character_train", data.train, min(len(train), len(heldout))),
     ):
-        indices = torch.arange(n) * len(split) // n
-        add(name, bits_per_character(pipeline, split, indices, times, seed))
+        add(name, bits_per_character(pipeline, split, evenly(split, n), times, seed))
     numbers["bits_per_character_unigram"] = unigram_bits(heldout, train, data.symbols)
     protocol["bits"] = (
         f"generalised KL with one draw of t in each of {times} equal parts of (0.01, 1) for each text, and -log p(x0) "
@@ -389,7 +388,7 @@ def _spread(images: Tensor, labels: Tensor | None) -> float | None:
 
 def _samples(split: Split, count: int) -> tuple[Shaped[Tensor, "n *sample"], Int[Tensor, "n"] | None]:
     """`count` samples spread evenly over a split, with their labels."""
-    batch = split.batch(torch.arange(count) * len(split) // count)
+    batch = split.batch(evenly(split, count))
     return batch.data, batch.label
 
 

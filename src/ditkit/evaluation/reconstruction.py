@@ -10,7 +10,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from ..config import DitkitError
-from ..data import Dataset
+from ..data import Dataset, evenly
 from ..diffusion.posterior import gaussian_kl
 from ..reconstructions import Reconstructions
 
@@ -49,7 +49,7 @@ def measure_reconstructions(
             "data (--data.holdout), before it is trained"
         )
     mean, std = (v[:, None, None] for v in trained.statistics(data.train))
-    chosen = torch.arange(count) * len(data.heldout) // count
+    chosen = evenly(data.heldout, count)
     errors: dict[str, list[Tensor]] = {"psnr": [], "psnr_pca": []}
     nats, latents, shown = [], [], []
     for part in chosen.split(_AT_ONCE):

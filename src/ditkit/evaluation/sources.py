@@ -18,7 +18,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from ..config import DitkitError
-from ..data import Split, Unreadable, read_image
+from ..data import Split, Unreadable, evenly, read_image
 from ..data.folder import EXTENSIONS
 
 __all__ = ["Images", "has_images", "images_in_memory", "images_of", "images_of_split"]
@@ -117,7 +117,7 @@ def images_of_split(split: Split, source: str, most: int | None = None) -> Image
     count = min(len(split), len(split) if most is None else most)
     if count < 1:
         raise DitkitError(f"there are no images: {source}")
-    indices = torch.arange(count) * len(split) // count
+    indices = evenly(split, count)
 
     def batches(size: int) -> Iterator[Tensor]:
         return (split.batch(part).data for part in indices.split(size))
