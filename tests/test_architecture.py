@@ -13,6 +13,7 @@ import pytest
 
 import ditkit
 from ditkit.cli import COMMANDS
+from ditkit.recipes import FAMILIES
 
 SOURCE = Path(ditkit.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -69,6 +70,19 @@ def test_names_are_imported_on_first_use() -> None:
         assert getattr(ditkit, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'creat_model'"):
         _ = ditkit.creat_model
+
+
+def test_building_on_meta_leaves_the_compiler_alone() -> None:
+    """torch imports it, for a second, to find that a random number on meta is none."""
+    code = f"""
+import sys, torch
+from ditkit.recipes import FAMILIES, find_recipe
+with torch.device("meta"):
+    for name in {[*FAMILIES, "digits", "captions"]!r}:
+        find_recipe(name).model.build()
+        assert "torch._dynamo" not in sys.modules, name
+"""
+    assert "torch" in loaded_after(code)
 
 
 @pytest.mark.parametrize("path", sorted((SOURCE / "models").glob("*.py")), ids=lambda p: p.name)

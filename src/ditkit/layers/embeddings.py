@@ -127,6 +127,8 @@ def sincos_2d(
     """
     if dim % 4:
         raise ValueError(f"hidden_size {dim} is not divisible by 4, which 2-D sine-cosine positions need")
+    if (torch.get_default_device() if device is None else device).type == "meta":
+        return torch.empty(1, grid[0] * grid[1], dim, device="meta")  # the same, but at once
     steps = step if isinstance(step, tuple) else (step, step)
     rows, columns = (
         start + by * torch.arange(n, dtype=torch.float64, device=device) for n, by in zip(grid, steps, strict=True)

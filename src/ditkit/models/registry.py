@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol, Self, TypeVar, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..conditioning import Conditioning, Tokens
 from ..config import DitkitError, lookup, names, near, register_name, registered_as
@@ -255,6 +256,16 @@ def check_pattern(config: Any) -> None:
         raise DitkitError(f"model.pattern is None or a pattern of attention ({known}), not {pattern!r}")
 
 
+class _Unwritten(TorchFunctionMode):
+    """No initial values: on `meta` there is nothing to write, and torch takes a second to find that out."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (Tensor.normal_, Tensor.uniform_) or getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def instantiate(cls: type[M], config: Any, seed: int) -> M:
     """Build on `meta`, then give memory and initial weights on torch's default device; on `meta` leave it there.
 
@@ -263,7 +274,7 @@ def instantiate(cls: type[M], config: Any, seed: int) -> M:
     """
     device = torch.get_default_device()
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Unwritten():
             model = cls(config)
     except ValueError as error:
         raise DitkitError(f"{cls.__name__} cannot be built: {error}") from None
