@@ -81,6 +81,59 @@ def test_every_image_twice_does_not_hide_copies(tmp_path: Path) -> None:
     assert found.numbers["duplicates"] == 150
 
 
+def test_few_images_are_enough(tmp_path: Path) -> None:
+    """Twenty images do not fill a cell of the copy test: then all is one."""
+    data = digits(100)
+    fresh = Digits().open().heldout.batch(torch.arange(1, 100, 5)).data
+    found = audit(saved(fresh, tmp_path / "x.npz"), data, size=32)
+    assert "1 of 1 cells, with 20 of the samples" in found.protocol["c_t"]
+    assert found.passed
+    assert found.verdict == "Nothing was found."
+    with pytest.raises(DitkitError, match="at least 20 images, not 19"):
+        audit(saved(fresh[:19], tmp_path / "x.npz"), data, size=32)
+
+
+def test_training_images_among_the_held_out_ones_do_not_raise_the_floor(tmp_path: Path) -> None:
+    """Else a model that copies as often as these are met would pass."""
+    data = digits(100)
+    train, heldout = data.train.batch(torch.arange(100)).data, data.heldout.batch(torch.arange(100)).data
+    leaking = torch.cat((train[:30], heldout))
+    known = replace(data, heldout=InMemory(leaking, None, torch.arange(130)))
+    fresh = Digits().open().heldout.batch(torch.arange(1, 500, 5)).data
+    found = audit(saved(torch.cat((train[50:70], fresh)), tmp_path / "x.npz"), known, size=32)
+    assert (found.numbers["heldout_known"], found.numbers["f_mem_floor"], found.protocol["heldout"]) == (30, 0, 100)
+    assert found.numbers["f_mem"] == pytest.approx(1 / 6)
+    assert not found.passed
+    nothing = replace(known, heldout=InMemory(leaking, None, torch.arange(40)))
+    with pytest.raises(DitkitError, match="without 30 that are training images, too, digits has 10 held-out images"):
+        audit(tmp_path / "x.npz", nothing, size=32)
+
+
+def test_copies_too_few_to_fail_are_said(tmp_path: Path) -> None:
+    data = digits(100)
+    fresh = Digits().open().heldout.batch(torch.arange(1, 500, 5)).data
+    some = torch.cat((data.train.batch(torch.tensor([7])).data, fresh))
+    found = audit(saved(some, tmp_path / "x.npz"), data, size=32)
+    assert found.passed
+    assert "and yet 0.99% of the samples are copies in pixels" in found.verdict
+    assert found.indices[0] == 7
+
+
+def test_mirrored_redrawings_count_where_training_mirrors(tmp_path: Path) -> None:
+    """Too far to be copies by f_mem, but nearer than new images, mirrored; and a training image with its mirror image
+    beside it is one."""
+    data = digits(200)
+    images = data.train.batch(torch.arange(200)).data
+    both = replace(data, train=InMemory(torch.cat((images, images[:50].flip(-1))), None, torch.arange(250), flip=True))
+    fresh = Digits().open().heldout.batch(torch.arange(1, 1000, 10)).data
+    mixed = (0.65 * images[:100].flip(-1).float() + 0.35 * fresh.float()).round().to(torch.uint8)
+    found = audit(saved(mixed, tmp_path / "x.npz"), both, size=32)
+    assert found.numbers["duplicates"] == 50
+    assert found.numbers["c_t"] < -3
+    exact = audit(saved(images[:50].flip(-1), tmp_path / "y.npz"), both, size=32)
+    assert exact.numbers["f_mem"] == exact.numbers["f_mem_features"] == 1
+
+
 def test_mann_whitney_is_scipy_s() -> None:
     generator = torch.Generator().manual_seed(0)
     for n, m, ties in ((30, 50, False), (200, 20, True), (25, 25, True)):
@@ -109,8 +162,43 @@ def test_the_copy_test_is_a_standard_score_where_nothing_is_copied() -> None:
     near = copy_test(z + 0.05 * x, y, z, cells=3)
     assert near.value < -5
     assert near.cells == 3
-    with pytest.raises(DitkitError, match="at least one of its cells"):
+    with pytest.raises(DitkitError, match="needs 20 samples and 20 held-out ones, not 10 and 300"):
         copy_test(x[:10], y, z)
+
+
+def test_the_copy_test_is_the_plain_one() -> None:
+    """With all components and one cell it is Mann and Whitney's U of nearest distances; with more, cell by cell."""
+    generator = torch.Generator().manual_seed(3)
+    x, y, z = (torch.randn(n, 5, generator=generator).double() for n in (80, 60, 90))
+
+    def plain(a: Tensor, b: Tensor, c: Tensor) -> float:
+        near = [torch.stack([(c - p).square().sum(1).min().sqrt() for p in some]) for some in (a, b)]
+        n, m = len(a), len(b)
+        above = float((near[0][:, None] > near[1]).sum())
+        return (above - n * m / 2) / (n * m * (n + m + 1) / 12) ** 0.5
+
+    assert copy_test(x, y, z, cells=1).value == pytest.approx(plain(x, y, z), rel=1e-9)
+    away = 100 * torch.eye(5, dtype=torch.float64)[0]
+    halves = [part[: len(part) // 2].flip(1) for part in (x, y, z)]
+    two = [torch.cat((part, half + away)) for part, half in zip((x, y, z), halves, strict=True)]
+    found = copy_test(*two, cells=2)
+    assert (found.cells, found.samples) == (2, 120)
+    assert found.value == pytest.approx((60 * plain(x, y, z) + 30 * plain(*halves)) / 90, rel=1e-9)
+
+
+def test_authenticity_is_that_of_all_distances(tmp_path: Path) -> None:
+    data = digits(60)
+    fresh = Digits().open().heldout.batch(torch.arange(1, 200, 5)).data
+    found = audit(saved(fresh, tmp_path / "x.npz"), data, size=32)
+    train = data.train.batch(torch.arange(60)).data.flatten(1).double()
+    count = 0
+    for image in fresh.flatten(1).double():
+        apart = (train - image).square().sum(1)
+        nearest = int(apart.argmin())
+        others = (train - train[nearest]).square().sum(1)
+        others[nearest] = torch.inf
+        count += float(apart.min()) > float(others.min())
+    assert found.numbers["authentic"] == pytest.approx(count / len(fresh))
 
 
 def test_authentic() -> None:
@@ -130,6 +218,18 @@ def test_images_from_files(tmp_path: Path) -> None:
     (tmp_path / "d.npz").write_bytes(b"nothing")
     with pytest.raises(DitkitError, match=r"is no \.npz that can be read"):
         read_images(tmp_path / "d.npz", (1, 28, 28))
+    folder = tmp_path / "pictures"
+    (folder / "deep" / "er").mkdir(parents=True)
+    for k, name in enumerate(("a", "deep/b", "deep/er/c")):
+        Image.fromarray(images[k, 0].numpy()).save(folder / f"{name}.png")
+    (folder / "deep" / "loop").symlink_to(folder)
+    assert torch.equal(read_images(folder, (1, 28, 28)), images[:3])
+    assert read_images(folder, (3, 14, 14)).shape == (3, 3, 14, 14)
+    with pytest.raises(DitkitError, match=r"a.png is \[1, 28, 28\], and the training images are \[1, 14, 36\]"):
+        read_images(folder, (1, 14, 36))
+    (folder / "e.png").write_bytes(b"nothing")
+    with pytest.raises(DitkitError, match=r"e.png: not an image of the accepted formats: mend the file, or remove it"):
+        read_images(folder, (1, 28, 28))
 
 
 def test_the_command_on_images(ditkit: Command, tmp_path: Path) -> None:
@@ -149,6 +249,12 @@ def test_the_command_on_images(ditkit: Command, tmp_path: Path) -> None:
     assert (bad.returncode, "say what the images' model was trained on" in bad.stderr) == (1, True)
     bad = ditkit("audit", tmp_path / "new.npz", "--train", "digits", "--steps", "5")
     assert (bad.returncode, "leave out --steps" in bad.stderr) == (1, True)
+    bad = ditkit("audit", tmp_path / "new.npz", "--train", "digits", "--samples", "5")
+    assert (bad.returncode, "leave out --samples" in bad.stderr) == (1, True)
+    bad = ditkit("audit", tmp_path / "new.npz", *data, "--out", tmp_path / "new.npz" / "report")
+    assert (bad.returncode, "new.npz is a file; choose a folder with --out" in bad.stderr) == (1, True)
+    bad = ditkit("audit", tmp_path / "train", *data, "--out", tmp_path / "train" / "report")
+    assert (bad.returncode, "would lie among the images" in bad.stderr) == (1, True)
 
 
 def test_the_command_on_a_run(tiny: Recipe, ditkit: Command, tmp_path: Path) -> None:
@@ -164,5 +270,8 @@ def test_the_command_on_a_run(tiny: Recipe, ditkit: Command, tmp_path: Path) -> 
     assert drawn["sampling"]["solver"]["type"].startswith("solver/")
     assert "step-00000002/ema-" in drawn["checkpoint"]
     assert report["passed"] is (done.returncode == 0)
+    for count in ("0", "-5", "19"):
+        bad = ditkit("audit", tmp_path / "run", "--samples", count)
+        assert (bad.returncode, f"at least 20 images, not {count}" in bad.stderr) == (1, True), bad.stderr
     bad = ditkit("audit", tmp_path / "run", "--train", "digits")
     assert (bad.returncode, "a run knows its training data: leave out --train" in bad.stderr) == (1, True)

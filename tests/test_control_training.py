@@ -16,6 +16,7 @@ from ditkit.conditioners import Edges, Label, RandomText
 from ditkit.conditioning import Given
 from ditkit.config import DitkitError, from_json, to_json
 from ditkit.data import Digits
+from ditkit.evaluation import audit
 from ditkit.evaluation.controlled import edge_agreement
 from ditkit.models import DiTConfig
 from ditkit.recipe import Recipe
@@ -165,6 +166,15 @@ def test_a_resumed_run_is_bit_identical(base: Path, run: Path, tmp_path: Path) -
 
 
 # sampling
+
+
+def test_an_audit_is_of_samples_without_a_control_and_of_the_classes_trained_on(base: Path, run: Path) -> None:
+    """A ControlNet draws what its control images are of; without them it would be its base that is audited."""
+    data = Digits(resolution=16).open()
+    with pytest.raises(DitkitError, match="a ControlNet draws what its control images are of, which is no copying"):
+        audit(ditkit.load(run), data, samples=20)
+    with pytest.raises(DitkitError, match=r"the data now has the classes \('a', 'b'\), the run was trained on"):
+        audit(ditkit.load(base), replace(data, classes=("a", "b")), samples=20)
 
 
 def test_scale_0_is_the_base_and_the_control_changes_samples(base: Path, run: Path) -> None:

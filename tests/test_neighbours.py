@@ -104,6 +104,39 @@ def test_a_symmetric_training_sample_does_not_hide_its_copy() -> None:
     assert bool(found.copied.all())
 
 
+def test_a_training_sample_beside_its_mirror_image_does_not_hide_its_copy() -> None:
+    train = images(100, 40, 7)
+    made, _ = index(torch.cat((train, train.flip(1))), mirror=lambda v: v.flip(1))
+    assert (len(made), made.duplicates) == (100, 100)
+    asked = torch.cat((train[:10], train[10:20].flip(1), train[20:30] + 1e-4))
+    assert bool(made.nearest(asked).copied.all())
+    assert not bool(made.nearest(images(50, 40, 9)).copied.any())
+
+
+@pytest.mark.parametrize("d", [3, 300])
+@pytest.mark.parametrize("kind", ["bytes", "constant", "offset", "clusters"])
+def test_decisions_on_degenerate_data_are_those_of_all_distances(kind: str, d: int) -> None:
+    """Few values and many ties; an axis without variance; far from the origin; tight groups that hide their copies."""
+    generator = torch.Generator().manual_seed(d)
+    train = torch.randn(300, d, generator=generator)
+    if kind == "bytes":
+        train = (train * 2).round().clamp(-2, 2)
+        train[100:150] = train[:50]
+    elif kind == "constant":
+        train[:, 0] = 5.0
+    elif kind == "offset":
+        train += 100
+    else:
+        train = train[:60].repeat_interleave(5, dim=0) + 0.01 * train
+    between = train[:60] + torch.linspace(0, 0.5, 60)[:, None] * (train[60:120] - train[:60])
+    asked = torch.cat((train[::7], between, train[::9] + 0.05 * torch.randn(34, d, generator=generator)))
+    found, exact = index(train)[0].nearest(asked), memorized(asked, train)
+    assert torch.equal(found.copied, exact.memorized)
+    assert 0 < int(exact.memorized.sum()) < len(asked)
+    whole = index(train)[0].nearest(asked, distances=True)
+    torch.testing.assert_close(whole.d1, exact.d1, rtol=1e-9, atol=1e-9)
+
+
 def test_a_part_of_the_data_is_a_drawn_part() -> None:
     train = images(1000, 10, 8)
     made, _ = index(train, most=300)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,6 +151,65 @@ def test_what_is_no_images_is_said(tmp_path: Path) -> None:
             images_of(tmp_path / name)
     with pytest.raises(DitkitError, match=r"4 x 5 pixels and 000\.png 16 x 16"):
         list(images_of(tmp_path / "mixed").batches(2))
+
+
+def test_damaged_and_foreign_arrays_are_one_line_and_run_nothing(tmp_path: Path) -> None:
+    class Program:
+        def __reduce__(self) -> tuple[Callable[..., None], tuple[Path]]:
+            return Path.touch, (tmp_path / "ran",)
+
+    def header(shape: tuple[int, ...]) -> bytes:
+        content = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(written := io.BytesIO(), content)
+        return written.getvalue()
+
+    good = pixels(40).permute(0, 2, 3, 1).numpy()
+    np.savez(tmp_path / "good.npz", arr_0=good)
+    whole = (tmp_path / "good.npz").read_bytes()
+    changed, locked = bytearray(whole), bytearray(whole)
+    changed[len(whole) // 2] ^= 255
+    for at in (whole.find(b"PK\x03\x04") + 6, whole.rfind(b"PK\x01\x02") + 8):
+        locked[at] |= 1
+    (tmp_path / "changed.npz").write_bytes(changed)
+    (tmp_path / "locked.npz").write_bytes(locked)
+    for name, member, content in (
+        ("short.npz", "arr_0.npy", header((500, 4, 4, 3)) + bytes(480)),
+        ("negative.npz", "arr_0.npy", header((-1, 4, 4, 3)) + bytes(480)),
+        ("words.npz", "arr_0.npy", b"\x93NUMPY\x01\x00\x10\x00{broken python  \n"),
+        ("nameless.npz", "arr_0", b"hello"),
+    ):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.writestr(member, content)
+    np.savez(tmp_path / "columns.npz", arr_0=np.asfortranarray(good))
+    np.savez(tmp_path / "first.npz", arr_0=pixels(5).numpy())
+    np.save(tmp_path / "last.npy", good)
+    programs = np.array([Program()] * 20, dtype=object)
+    np.savez(tmp_path / "program.npz", arr_0=programs)
+    np.save(tmp_path / "program.npy", programs)
+    (tmp_path / "pickle.npy").write_bytes(pickle.dumps(Program()))
+    (tmp_path / "empty.npy").write_bytes(b"")
+    (tmp_path / "empty.npz").write_bytes(b"")
+    for name, said in {
+        "changed.npz": "arr_0 cannot be read: Bad CRC",
+        "locked.npz": "arr_0 cannot be read: .*encrypted",
+        "short.npz": "is cut off: it should hold 500 images",
+        "negative.npz": "must be uint8 images",
+        "words.npz": "arr_0 cannot be read",
+        "nameless.npz": "has no arr_0",
+        "columns.npz": r"save numpy.ascontiguousarray\(images\)",
+        "first.npz": r"save numpy.transpose\(images, \(0, 2, 3, 1\)\)",
+        "last.npy": r"save numpy.transpose\(images, \(0, 3, 1, 2\)\)",
+        "program.npz": "must be uint8 images",
+        "program.npy": "no .npy that can be read",
+        "pickle.npy": "no .npy that can be read",
+        "empty.npy": "no .npy that can be read",
+        "empty.npz": "no .npz that can be read",
+    }.items():
+        with pytest.raises(DitkitError, match=said) as caught:
+            list(images_of(tmp_path / name).batches(16))
+        assert "\n" not in str(caught.value)
+        assert "allow_pickle" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
 
 
 # each protocol is its network and its metrics, and nothing else

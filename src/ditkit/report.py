@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,7 @@ __all__ = [
     "Section",
     "Table",
     "Value",
+    "check_folder",
     "drawn",
     "figure",
     "lines",
@@ -141,6 +143,15 @@ def write(report: Report, folder: Path) -> list[Path]:
     for name, content in files.items():
         atomic_write(folder / name, content)
     return [folder / name for name in reversed(files)]
+
+
+def check_folder(folder: Path) -> None:
+    """Raises DitkitError if a report cannot be written into a folder: better said before the work than after it."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise DitkitError(f"the report cannot be written into {folder}: {there} is a file; choose a folder with --out")
+    if not os.access(there, os.W_OK):
+        raise DitkitError(f"the report cannot be written into {folder}: {there} may not be written; use --out FOLDER")
 
 
 def _markdown(report: Report) -> str:

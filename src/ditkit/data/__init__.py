@@ -7,7 +7,7 @@ from .dataset import Batch, Dataset, InMemory, Order, Split, evenly
 from .digits import Digits
 from .elsewhere import Elsewhere
 from .emoji import Emoji
-from .folder import Folder
+from .folder import Folder, images_below
 from .hugging_face import HuggingFace
 from .images import Unreadable, read_image
 from .moving_digits import MovingDigits
@@ -34,6 +34,7 @@ __all__ = [
     "Twins",
     "Unreadable",
     "evenly",
+    "images_below",
     "points",
     "prompt",
     "read_image",

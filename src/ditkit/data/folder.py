@@ -13,12 +13,12 @@ from ..config import DitkitError, register
 from .dataset import Dataset, share
 from .images import Images, check_crop
 
-__all__ = ["Folder"]
+__all__ = ["Folder", "images_below"]
 
 EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff")
 
 
-def _images_below(top: str, entered: Iterable[str]) -> list[str]:
+def images_below(top: str, entered: Iterable[str] = ()) -> list[str]:
     """The files in and below a folder that have the extension of an image; what is hidden is left out.
 
     Links are followed, but no folder is entered twice, nor one of `entered`: a link back up would never end.
@@ -131,7 +131,7 @@ class Folder:
             paths = {name: os.path.join(root, name) for name in sorted(os.listdir(root)) if not name.startswith(".")}
             # a link back up is no class
             folders = [n for n, path in paths.items() if os.path.isdir(path) and os.path.realpath(path) not in above]
-            below = {name: _images_below(paths[name], above) for name in folders}
+            below = {name: images_below(paths[name], above) for name in folders}
         except OSError as error:
             raise DitkitError(f"folder {self.path}: cannot list {error.filename}: {error.strerror}") from None
         loose = [path for name, path in paths.items() if _is_image(name) and not os.path.isdir(path)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from ..codecs import examples
 from ..config import DitkitError
 from ..data import Dataset, Split
+from ..models import ControlConfig
 from ..pipeline import Pipeline
 from ..report import Listing, Picture, Report, Section, Table, Value, number, provenance, write
 from ..rng import Rng
@@ -29,7 +30,7 @@ from .features import Features
 from .images import read_images
 from .measure import features_protocol, sampling_protocol
 from .memorization import memorized, share_of
-from .neighbours import Index, mirrored
+from .neighbours import Index, Near, mirrored
 
 __all__ = ["Audit", "audit", "write_audit"]
 
@@ -40,6 +41,7 @@ THRESHOLD = -3.0
 mean over cells."""
 _FEATURED = 10_000  # training images whose features are taken
 _AT_ONCE = 64
+_MANY = 1024  # images whose vectors are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,20 @@ class Audit:
         """Whether nothing was found."""
         return all(fine for _, _, fine in self.verdicts)
 
+    @property
+    def verdict(self) -> str:
+        """What was found, in a sentence: a few copies are said, even where they are too few to fail."""
+        if not self.passed:
+            return "There are signs of copying: look at the pairs."
+        for name, where in (("f_mem", "in pixels"), ("f_mem_features", "in features")):
+            found, floor = self.numbers[name], self.numbers[f"{name}_floor"]
+            if found > floor:
+                return (
+                    f"The bounds are kept, and yet {found:.2%} of the samples are copies {where} by f_mem, against "
+                    f"{floor:.2%} of held-out images: look at the pairs."
+                )
+        return "Nothing was found."
+
 
 def audit(
     what: Pipeline | str | Path,
@@ -76,19 +92,28 @@ def audit(
 ) -> Audit:
     """Compare samples of a pipeline, or images in files, with the data that the model was trained on.
 
-    settings: fields of `Sample`. size: side in pixels at which features see images. say: gets a line when something
-    begins. Raises DitkitError for data of anything but images, or with too little held out to compare with.
+    Held-out images that are training images, too, are left out. Where training mirrors images, each sample and each
+    held-out image is turned as it is nearer to its nearest training image. settings: fields of `Sample`. size: side in
+    pixels at which features see images. say: gets a line when something begins. Raises DitkitError for data of anything
+    but images, too few of them, and a ControlNet, whose samples are near what their control images are of.
     """
     begun = time.perf_counter()
     if len(data.shape) != 3 or data.shape[0] not in (1, 3):
         raise DitkitError(f"{data.name} holds no images [1 or 3, h, w], and an audit is of images")
-    if len(data.heldout) < 20:
-        raise DitkitError(
-            f"{data.name} has {len(data.heldout)} held-out images; an audit compares with at least 20: raise holdout"
-        )
+    _enough(len(data.heldout), data.name)
     protocol: dict[str, Any] = {"training_data": data.source}
+    if data.skipped:
+        protocol["unreadable_training_data"] = list(data.skipped)
     if isinstance(what, Pipeline):
         title = what.origin
+        if isinstance(what.recipe.model, ControlConfig):
+            raise DitkitError(
+                "a ControlNet draws what its control images are of, which is no copying: audit its base, or a folder "
+                "of images that it drew"
+            )
+        if what.classes and data.classes != what.classes:
+            raise DitkitError(f"the data now has the classes {data.classes}, the run was trained on {what.classes}")
+        _least(samples)
         say(f"drawing {samples} samples")
         some = Rng(0).some("labels", len(data.train), samples)
         asked = what.asked(data.train.batch(some[torch.arange(samples) % len(some)]))
@@ -100,8 +125,7 @@ def audit(
         say("reading the images")
         images = read_images(what, data.shape)
         protocol["images"] = title
-    if len(images) < 20:
-        raise DitkitError(f"an audit takes at least 20 images, not {len(images)}")
+    _least(len(images))
     protocol["samples"] = len(images)
     held = torch.cat(list(examples(data.heldout, max(1000, len(images)), name="audit")))
 
@@ -111,7 +135,14 @@ def audit(
     index.extend(index.fitting(images[0].numel()))
     while not index.complete:
         index.extend(_AT_ONCE)
-    near, floor_near = (index.nearest(_vectors(part), distances=True) for part in (images, held))
+    near, floor_near = _nearest(index, images), _nearest(index, held)
+    known = floor_near.d1 == 0
+    if bool(known.any()):
+        held, floor_near = held[~known], Near(*(getattr(floor_near, f.name)[~known] for f in fields(Near)))
+        _enough(len(held), f"without {int(known.sum())} that are training images, too, {data.name}")
+    if flip:
+        images = _turned(images, data.train, near.nearest)
+        held = _turned(held, data.train, floor_near.nearest)
     copies, floor = share_of(near.copied), share_of(floor_near.copied)
     own = _own(index, data.train, near.nearest), _own(index, data.train, floor_near.nearest)
     real = (authentic(n.d1, n.nearest, o) for n, o in zip((near, floor_near), own, strict=True))
@@ -125,15 +156,18 @@ def audit(
         "authentic_error": shares[0].error,
         "authentic_heldout": shares[1].value,
         "duplicates": float(index.duplicates),
+        "heldout_known": float(known.sum()),
     }
     protocol["copies"] = f"d1 / d2 below 1/3 of {len(index):,} different training images" + (
         ", or their mirror images" if flip else ""
     )
+    protocol["heldout"] = len(held)
 
     say("comparing features")
     features = Features(size, device)
     sampled, reference = features(images), features(held)
-    train = torch.cat([features(part) for part in examples(data.train, _FEATURED, name="audit")])
+    different = index.ids[:_FEATURED].sort().values  # as the index draws them; the second of two would hide copies
+    train = torch.cat([features(data.train.batch(ids).data) for ids in different.split(_AT_ONCE)])
     seen, seen_floor = (share_of(memorized(part, train).memorized) for part in (sampled, reference))
     numbers |= {
         "f_mem_features": seen.value,
@@ -144,14 +178,15 @@ def audit(
     for name, other in (("kid_train", train), ("kid_heldout", reference)):
         estimate = kernel_distance(sampled, other)
         numbers |= {name: estimate.value, f"{name}_error": estimate.error}
-    drawn, new = (index.short(_vectors(part)) for part in (images, held))
+    drawn, new = (torch.cat([index.short(_vectors(part)) for part in all_.split(_MANY)]) for all_ in (images, held))
     tests = {"c_t": copy_test(drawn, new, index.rows), "c_t_features": copy_test(sampled, reference, train)}
     numbers |= {name: test.value for name, test in tests.items()}
     protocol["features"] = features_protocol(features) | {"training": len(train)}
     for name, test in tests.items():
         protocol[name] = f"64 components, {test.cells} of {test.all_cells} cells, with {test.samples} of the samples"
 
-    order = torch.argsort(near.d1 / near.d2)[:SHOWN]
+    ratios = near.d1 / near.d2.clamp(min=torch.finfo(near.d2.dtype).tiny)  # two training images may be equally near
+    order = torch.argsort(ratios)[:SHOWN]
     pairs = beside(images[order], data.train.batch(near.nearest[order]).data)
     numbers["seconds"] = time.perf_counter() - begun
     return Audit(
@@ -160,7 +195,7 @@ def audit(
         protocol | provenance(),
         _verdicts(numbers),
         pairs,
-        (near.d1 / near.d2)[order],
+        ratios[order],
         near.nearest[order],
     )
 
@@ -197,7 +232,8 @@ _MEANING = {
     "authentic_heldout": "the same of held-out images: what is to be expected",
     "kid_train": "kernel distance of samples to training images, in features",
     "kid_heldout": "the same to held-out images; much larger than to training images = overfitted",
-    "duplicates": "training images that are equal to others",
+    "duplicates": "training images that are equal to others, or mirror images of others where training mirrors",
+    "heldout_known": "held-out images that are training images, too: they are left out of everything above",
 }
 
 
@@ -207,7 +243,6 @@ def write_audit(found: Audit, folder: Path) -> list[Path]:
         (name, Value(found.numbers[name], found.numbers.get(f"{name}_error")), meaning)
         for name, meaning in _MEANING.items()
     )
-    verdict = "Nothing was found." if found.passed else "There are signs of copying: look at the pairs below."
     limits = (
         "Copies are looked for pixel by pixel and in features: parts of training images, and what was moved or "
         "recoloured, may pass. What was not drawn was not seen: with no copy among n samples the share is below 3 / n."
@@ -215,7 +250,7 @@ def write_audit(found: Audit, folder: Path) -> list[Path]:
     ratios = ", ".join(f"{ratio:.2f}" for ratio in found.ratios.tolist())
     numbers = ", ".join(map(str, found.indices.tolist()))
     sections = (
-        Section("Verdict", (verdict, Table(("what must hold", "what came", ""), found.verdicts), limits)),
+        Section("Verdict", (found.verdict, Table(("what must hold", "what came", ""), found.verdicts), limits)),
         Section("Numbers", (Table(("number", "value", "what it means"), rows),)),
         Section(
             "The samples nearest to training images",
@@ -234,6 +269,34 @@ def write_audit(found: Audit, folder: Path) -> list[Path]:
 
 def _vectors(images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
     return images.flatten(1).float()
+
+
+def _least(count: int) -> None:
+    """Raises DitkitError for too few images."""
+    if count < 20:
+        raise DitkitError(f"an audit takes at least 20 images, not {count}")
+
+
+def _enough(count: int, what: str) -> None:
+    """Raises DitkitError for too few held-out images."""
+    if count < 20:
+        raise DitkitError(f"{what} has {count} held-out images; an audit compares with at least 20: raise holdout")
+
+
+def _nearest(index: Index, images: UInt8[Tensor, "n c h w"]) -> Near:
+    """The two nearest training images of each image."""
+    parts = [index.nearest(_vectors(some), distances=True) for some in images.split(_MANY)]
+    return Near(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Near)))
+
+
+def _turned(images: UInt8[Tensor, "n c h w"], split: Split, nearest: Int[Tensor, "n"]) -> UInt8[Tensor, "n c h w"]:
+    """Each image mirrored where that is nearer to its nearest training image."""
+    parts = []
+    for some, ids in zip(images.split(_MANY), nearest.split(_MANY), strict=True):
+        train = split.batch(ids).data.float()
+        apart, mirror = ((x.float() - train).square().sum((1, 2, 3)) for x in (some, some.flip(-1)))
+        parts.append(torch.where((mirror < apart)[:, None, None, None], some.flip(-1), some))
+    return torch.cat(parts)
 
 
 def _pair(split: Split, ids: Int[Tensor, "b"]) -> tuple[Tensor, Tensor]:

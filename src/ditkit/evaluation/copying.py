@@ -56,13 +56,24 @@ def copy_test(
 
     Features are reduced to principal components of the training data, whose k-means cells are compared one by one: the
     distances of samples to the nearest training point against those of held-out data, by `mann_whitney`, weighted by
-    the share of held-out data in a cell. Cells with fewer than `least` of either are left out. Raises DitkitError where
-    no cell has enough.
+    the share of held-out data in a cell. Cells with fewer than `least` of either are left out; where none has enough,
+    all is one cell. Raises DitkitError for fewer than `least` samples or held-out ones.
     """
+    if min(len(samples), len(heldout)) < least:
+        raise DitkitError(
+            f"the copy test needs {least} samples and {least} held-out ones, not {len(samples)} and {len(heldout)}"
+        )
     centre = train.double().mean(0)
     frame = torch.linalg.svd(train.double() - centre, full_matrices=False).Vh[:components]
     x, y, z = ((part.double() - centre) @ frame.T for part in (samples, heldout, train))
-    middles = _means(z, cells, seed)
+    found = _in_cells(x, y, z, _means(z, cells, seed), least)
+    return found if found.cells else _in_cells(x, y, z, z.mean(0, keepdim=True), least)
+
+
+def _in_cells(
+    x: Float[Tensor, "n c"], y: Float[Tensor, "m c"], z: Float[Tensor, "k c"], middles: Float[Tensor, "j c"], least: int
+) -> CopyTest:
+    """C_T over the cells around these points; 0 of no cell."""
     groups = [torch.cdist(part, middles).argmin(1) for part in (x, y, z)]
     total, weight, used, seen = 0.0, 0.0, 0, 0
     for cell in range(len(middles)):
@@ -72,12 +83,7 @@ def copy_test(
         score = mann_whitney(torch.cdist(a, c).amin(1), torch.cdist(b, c).amin(1))
         share = len(b) / len(y)
         total, weight, used, seen = total + share * score, weight + share, used + 1, seen + len(a)
-    if not used:
-        raise DitkitError(
-            f"the copy test needs {least} samples and {least} held-out ones in at least one of its cells, and there "
-            f"are {len(x)} and {len(y)}: draw more samples, or use fewer cells"
-        )
-    return CopyTest(total / weight, used, len(middles), seen)
+    return CopyTest(total / weight if used else 0.0, used, len(middles), seen)
 
 
 def _means(points: Float[Tensor, "k d"], cells: int, seed: int, rounds: int = 100) -> Float[Tensor, "c d"]:

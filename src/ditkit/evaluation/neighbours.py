@@ -41,7 +41,12 @@ class Near:
     d1: Float[Tensor, "n"]
     d2: Float[Tensor, "n"]
     copied: Bool[Tensor, "n"]
-    """d1 / d2 below the threshold."""
+    """d1 / d2 below the threshold, or d1 = 0."""
+
+
+def _digest(sample: Tensor) -> bytes:
+    equal = (sample + 0).contiguous()  # -0 becomes 0
+    return hashlib.blake2b(equal.view(torch.uint8).numpy().tobytes(), digest_size=16).digest()
 
 
 def mirrored(shape: tuple[int, ...]) -> Callable[[Float[Tensor, "b d"]], Float[Tensor, "b d"]]:
@@ -54,7 +59,8 @@ class Index:
 
     read: of training samples, by index, what tells equal ones (bytes) and their vectors [b d] as float32. mirror:
     vectors of the same samples mirrored, where training mirrors them: then a sample is as far from a training sample as
-    from the nearer of the two. project: the distances are those of the projections, and nothing is read again.
+    from the nearer of the two, and mirror images of each other are one sample. project: the distances are those of the
+    projections, and nothing is read again.
     """
 
     def __init__(
@@ -99,14 +105,18 @@ class Index:
         raw, vectors = self.read(ids)
         self.seen += len(ids)
         kept = []
-        for k, sample in enumerate(raw.cpu()):
-            digest = hashlib.blake2b(sample.contiguous().view(torch.uint8).numpy().tobytes(), digest_size=16).digest()
-            if digest in self._hashes:
+        raw, vectors = raw.cpu(), vectors.flatten(1).float()
+        plain = vectors.cpu()
+        turned = None if self.mirror is None else self.mirror(vectors).cpu()
+        for k, sample in enumerate(raw):
+            digest = _digest(sample)
+            if digest in self._hashes or (turned is not None and _digest(turned[k]) in self._hashes):
                 self.duplicates += 1
-            else:
-                self._hashes.add(digest)
-                kept.append(k)
-        vectors = vectors.flatten(1).float()
+                continue
+            self._hashes.add(digest)
+            if turned is not None:
+                self._hashes.add(_digest(plain[k]))
+            kept.append(k)
         if not self._ids:
             self._begin(vectors)
         rows = self.short(vectors[kept]).cpu()
@@ -130,6 +140,11 @@ class Index:
             self._axes = axes
         width = d if self._axes is None else self._axes.shape[1]
         self._rows = torch.empty(self.wanted, width)  # pages of memory that are not written yet are not taken
+
+    @property
+    def ids(self) -> Int[Tensor, "n"]:
+        """Indices of the distinct samples."""
+        return torch.tensor(self._ids, dtype=torch.int64)
 
     @property
     def rows(self) -> Float[Tensor, "n k"]:
@@ -181,7 +196,7 @@ class Index:
         two, which = exact.topk(2, dim=1, largest=False)
         first = places.gather(1, which)[:, 0]
         d1, d2 = two.unbind(1)
-        return Near(torch.tensor(self._ids)[first], d1, d2, d1 < ratio * d2)
+        return Near(self.ids[first], d1, d2, (d1 < ratio * d2) | (d1 == 0))
 
     def _candidates(
         self, short: list[Float[Tensor, "n k"]], most: int

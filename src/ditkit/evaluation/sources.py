@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import hashlib
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -18,10 +21,26 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from ..config import DitkitError
-from ..data import Split, Unreadable, evenly, read_image
+from ..data import Split, Unreadable, evenly, images_below, read_image
 from ..data.folder import EXTENSIONS
+from ..files import reason
 
-__all__ = ["Images", "has_images", "images_in_memory", "images_of", "images_of_split"]
+__all__ = [
+    "DAMAGED",
+    "Images",
+    "has_images",
+    "image_files",
+    "image_of",
+    "images_in_memory",
+    "images_of",
+    "images_of_split",
+]
+
+DAMAGED = (
+    OSError, EOFError, KeyError, ValueError, RuntimeError, NotImplementedError, SyntaxError, tokenize.TokenError,
+    zlib.error, zipfile.BadZipFile,
+)  # fmt: skip
+"""What zipfile and numpy raise for files that are cut off, encrypted, or no arrays."""
 
 
 @dataclass
@@ -58,7 +77,7 @@ def _members(path: Path) -> list[str]:
     """The names of the arrays of an .npz. Raises DitkitError for another file."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return [name.removesuffix(".npy") for name in archive.namelist()]
+            return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
     except (OSError, zipfile.BadZipFile) as error:
         raise DitkitError(f"{path} is no .npz that can be read: {error}") from None
 
@@ -73,11 +92,7 @@ def images_of(path: str | Path, most: int | None = None) -> Images:
     if most is not None and most < 1:
         raise DitkitError(f"at least 1 image is measured, not {most}")
     if path.is_dir():
-        endings = {f".{ending}" for ending in EXTENSIONS}
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in endings and not p.name.startswith("."))
-        if not files:
-            raise DitkitError(f"{path} holds no images ({' '.join(EXTENSIONS)})")
-        files = files[:most]
+        files = image_files(path)[:most]
         return Images(f"{len(files)} images of the folder {path.name}", len(files), lambda size: _files(files, size))
     if path.suffix == ".npz" and path.is_file():
         if "arr_0" not in _members(path):
@@ -96,15 +111,46 @@ def images_of(path: str | Path, most: int | None = None) -> Images:
     raise DitkitError(f"{path} is neither a folder of images nor an .npz with arr_0, nor an .npy")
 
 
+def image_files(folder: Path) -> list[Path]:
+    """The images in and below a folder, sorted by path; links are followed. Raises DitkitError where there are none."""
+    try:
+        files = sorted(map(Path, images_below(str(folder))))
+    except OSError as error:
+        raise DitkitError(f"cannot list {error.filename}: {reason(error)}") from None
+    if not files:
+        raise DitkitError(f"{folder} holds no images ({' '.join(EXTENSIONS)})")
+    return files
+
+
+def image_of(file: Path, resolution: int | None, channels: int) -> UInt8[np.ndarray, "c h w"]:
+    """The pixels of an image as `read_image` gives them. Raises DitkitError for a broken one."""
+    try:
+        return read_image(str(file), resolution, channels)
+    except Unreadable as error:
+        raise DitkitError(f"{file}: {error}: mend the file, or remove it") from None
+
+
 def _mapped(path: Path) -> np.ndarray:
     """An .npy without its content in memory. Raises DitkitError for what is no uint8 images."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except DAMAGED as error:
         raise DitkitError(f"{path} is no .npy that can be read: {error}") from None
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1] not in (1, 3) or not len(array):
-        raise DitkitError(f"{path} must be uint8 images [n, 1 or 3, h, w], not {array.dtype} {list(array.shape)}")
+    _check(f"{path}", array.dtype, array.shape, 1)
     return array
+
+
+def _check(what: str, dtype: np.dtype[Any], shape: tuple[int, ...], axis: int) -> None:
+    """Raises DitkitError for an array that is no uint8 images with 1 or 3 channels on this axis."""
+    if len(shape) == 4 and shape[axis] in (1, 3) and dtype == np.uint8 and min(shape) > 0:
+        return
+    layout = "[n, h, w, 1 or 3]" if axis == 3 else "[n, 1 or 3, h, w]"
+    hint = ""
+    if len(shape) == 4 and shape[axis] not in (1, 3) and shape[4 - axis] in (1, 3):
+        hint = f": save numpy.transpose(images, {(0, 2, 3, 1) if axis == 3 else (0, 3, 1, 2)})"
+    elif dtype.kind == "f":
+        hint = ": save them as bytes, scaled to 0..255 and rounded"
+    raise DitkitError(f"{what} must be uint8 images {layout}, not {dtype} {list(shape)}{hint}")
 
 
 def images_in_memory(images: UInt8[Tensor, "n c h w"], source: str) -> Images:
@@ -130,10 +176,7 @@ def _files(files: list[Path], size: int) -> Iterator[Tensor]:
     for first in range(0, len(files), size):
         read = []
         for file in files[first : first + size]:
-            try:
-                read.append(torch.from_numpy(read_image(str(file), None, 3)))
-            except Unreadable as error:
-                raise DitkitError(f"{file}: {error}") from None
+            read.append(torch.from_numpy(image_of(file, None, 3)))
             shape = shape or read[-1].shape
             if read[-1].shape != shape:
                 sizes = [f"{h} x {w}" for _, h, w in (shape, read[-1].shape)]
@@ -143,27 +186,25 @@ def _files(files: list[Path], size: int) -> Iterator[Tensor]:
         yield torch.stack(read)
 
 
-class _array:
-    """arr_0 of an .npz, opened: its shape, and what reads its bytes. Raises DitkitError for what is no uint8 images."""
+@contextmanager
+def _array(path: Path) -> Iterator[tuple[tuple[int, ...], IO[bytes]]]:
+    """arr_0 of an .npz, opened: its shape, and what reads its bytes.
 
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> tuple[tuple[int, ...], IO[bytes]]:
-        self.archive = zipfile.ZipFile(self.path)
-        file = self.archive.open("arr_0.npy")
-        try:
+    Raises DitkitError for what is no uint8 images, also where that shows only while it is read.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
             version = np.lib.format.read_magic(file)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, by_columns, dtype = read(file)
-        except ValueError as error:
-            raise DitkitError(f"{self.path}: arr_0 cannot be read: {error}") from None
-        if dtype != np.uint8 or by_columns or len(shape) != 4 or shape[3] not in (1, 3) or not shape[0]:
-            raise DitkitError(f"{self.path}: arr_0 must be uint8 images [n, h, w, 1 or 3], not {dtype} {list(shape)}")
-        return shape, file
-
-    def __exit__(self, *error: object) -> None:
-        self.archive.close()
+            _check(f"{path}: arr_0", dtype, shape, 3)
+            if by_columns:
+                raise DitkitError(f"{path}: arr_0 is in Fortran's order: save numpy.ascontiguousarray(images)")
+            yield shape, file
+    except DAMAGED as error:
+        if isinstance(error, DitkitError):
+            raise
+        raise DitkitError(f"{path}: arr_0 cannot be read: {error}") from None
 
 
 def _rows(path: Path, count: int, size: int) -> Iterator[Tensor]:
@@ -171,5 +212,7 @@ def _rows(path: Path, count: int, size: int) -> Iterator[Tensor]:
         for first in range(0, count, size):
             n = min(size, count - first)
             content = file.read(n * int(np.prod(shape[1:])))
-            images = np.frombuffer(content, np.uint8).reshape(n, *shape[1:])
-            yield torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+            images = np.frombuffer(content, np.uint8)
+            if len(images) != n * int(np.prod(shape[1:])):
+                raise DitkitError(f"{path}: arr_0 is cut off: it should hold {shape[0]} images")
+            yield torch.from_numpy(images.reshape(n, *shape[1:]).transpose(0, 3, 1, 2).copy())
