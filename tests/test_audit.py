@@ -16,7 +16,7 @@ from torch import Tensor
 from ditkit.config import DitkitError
 from ditkit.data import Dataset, Digits, Folder
 from ditkit.data.dataset import InMemory
-from ditkit.evaluation import audit
+from ditkit.evaluation import audit, write_audit
 from ditkit.evaluation.copying import authentic, copy_test, mann_whitney
 from ditkit.evaluation.images import read_images
 from ditkit.recipe import Evaluate, Recipe, Train
@@ -115,7 +115,7 @@ def test_copies_too_few_to_fail_are_said(tmp_path: Path) -> None:
     some = torch.cat((data.train.batch(torch.tensor([7])).data, fresh))
     found = audit(saved(some, tmp_path / "x.npz"), data, size=32)
     assert found.passed
-    assert "and yet 0.99% of the samples are copies in pixels" in found.verdict
+    assert "and yet 0.99% of the samples are copies by f_mem in pixels" in found.verdict
     assert found.indices[0] == 7
 
 
@@ -275,3 +275,44 @@ def test_the_command_on_a_run(tiny: Recipe, ditkit: Command, tmp_path: Path) -> 
         assert (bad.returncode, f"at least 20 images, not {count}" in bad.stderr) == (1, True), bad.stderr
     bad = ditkit("audit", tmp_path / "run", "--train", "digits")
     assert (bad.returncode, "a run knows its training data: leave out --train" in bad.stderr) == (1, True)
+
+
+class Spectrum(torch.nn.Module):
+    """In the place of SSCD: what of a spectrum a shift leaves as it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        small = torch.nn.functional.adaptive_avg_pool2d(x.mean(1), 16)
+        size = torch.fft.rfft2(small - small.mean((1, 2), keepdim=True)).abs().flatten(1)
+        return 3 * (size - size.mean(1, keepdim=True))
+
+
+def test_descriptors_find_copies_that_were_moved(ditkit: Command, tmp_path: Path) -> None:
+    noise = torch.randint(0, 256, (120, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    splits = [InMemory(x, None, torch.arange(len(x))) for x in (noise[:60], noise[60:])]
+    data = replace(digits(), train=splits[0], heldout=splits[1], shape=(1, 16, 16))
+    file = tmp_path / "sscd.torchscript.pt"
+    torch.jit.save(torch.jit.script(Spectrum()), str(file))
+    moved = saved(noise[:40].roll((2, 3), (2, 3)), tmp_path / "moved.npz")
+    assert audit(moved, data, size=32).passed
+    found = audit(moved, data, size=32, sscd=str(file))
+    assert (found.numbers["f_mem"], found.numbers["sscd_copies"]) == (0, 1)
+    assert found.numbers["sscd_copies_floor"] < 0.2
+    assert found.numbers["sscd_95"] > 0.9 > 0.6 > found.numbers["sscd_95_heldout"]
+    assert [fine for _, _, fine in found.verdicts] == [True, True, False, True]
+    assert found.similar is not None
+    assert sorted(found.similar.indices.tolist())[-1] < 40
+    assert found.similar.cosines[0] >= found.similar.cosines[-1] > 0.5
+    assert found.protocol["sscd"]["status"].startswith("unproven")
+    pages = write_audit(found, tmp_path / "report")
+    assert {"nearest.png", "similar.png"} <= {page.name for page in pages}
+
+    torch.jit.save(torch.jit.script(torch.nn.Identity()), str(tmp_path / "other.pt"))
+    for name, says in (
+        ("nowhere.pt", "there is no file"),
+        ("moved.npz", "is no TorchScript that can be loaded"),
+        ("other.pt", "does not answer with one descriptor an image"),
+    ):
+        with pytest.raises(DitkitError, match=says):
+            audit(moved, data, size=32, sscd=str(tmp_path / name))
+    bad = ditkit("audit", moved, "--train", "digits", "--data.resolution", "16", "--sscd", "nowhere.pt")
+    assert (bad.returncode, "SSCD needs its authors' sscd_disc_mixup" in bad.stderr) == (1, True)

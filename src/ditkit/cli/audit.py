@@ -28,6 +28,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     guidance_arguments(parser)
     parser.add_argument("--batch", type=int, help="samples computed at once")
     parser.add_argument("--seed", type=int, help="seed of the samples (default: 0)")
+    parser.add_argument(
+        "--sscd", metavar="FILE", default="", help="also compare descriptors: SSCD's sscd_disc_mixup.torchscript.pt"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
 
 
@@ -44,7 +47,7 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     said = {name: getattr(args, name) for name in ("steps", "batch", "samples", "seed")}
     settings = {name: value for name, value in said.items() if value is not None}
     settings |= guidance_settings(args)
-    options = {"device": str(device_of(args.device)), "say": say}
+    options = {"device": str(device_of(args.device)), "sscd": args.sscd, "say": say}
     if is_run(args.what):
         if args.train is not None or rest:
             raise DitkitError("a run knows its training data: leave out " + (rest[0] if rest else "--train"))

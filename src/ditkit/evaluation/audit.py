@@ -23,7 +23,7 @@ from ..pipeline import Pipeline
 from ..report import Listing, Picture, Report, Section, Table, Value, number, provenance, write
 from ..rng import Rng
 from ..sheet import beside, rendered
-from .copying import authentic, copy_test
+from .copying import authentic, copy_test, most_similar
 from .decisions import MARGIN
 from .distances import kernel_distance
 from .features import Features
@@ -31,6 +31,7 @@ from .images import read_images
 from .measure import features_protocol, sampling_protocol
 from .memorization import memorized, share_of
 from .neighbours import Index, Near, mirrored
+from .networks import SSCD
 
 __all__ = ["Audit", "audit", "write_audit"]
 
@@ -39,9 +40,23 @@ SHOWN = 32
 THRESHOLD = -3.0
 """C_T below this is a sign of copying: three standard deviations of one cell, if nothing were copied, and more of the
 mean over cells."""
+_COPIES = {
+    "f_mem": "f_mem in pixels",
+    "f_mem_features": "f_mem in features",
+    "sscd_copies": f"SSCD's descriptors (cosine above {SSCD.similar:g})",
+}
 _FEATURED = 10_000  # training images whose features are taken
 _AT_ONCE = 64
 _MANY = 1024  # images whose vectors are in memory at a time
+
+
+@dataclass(frozen=True)
+class Similar:
+    """Samples, each before the training image whose descriptor is most similar, the most similar first."""
+
+    pairs: UInt8[Tensor, "k c h w"]
+    cosines: Float[Tensor, "j"]
+    indices: Int[Tensor, "j"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +73,8 @@ class Audit:
     pairs: UInt8[Tensor, "k c h w"]
     ratios: Float[Tensor, "j"]
     indices: Int[Tensor, "j"]
+    similar: Similar | None = None
+    """The same by SSCD's descriptors, where their network was given."""
 
     @property
     def passed(self) -> bool:
@@ -69,11 +86,11 @@ class Audit:
         """What was found, in a sentence: a few copies are said, even where they are too few to fail."""
         if not self.passed:
             return "There are signs of copying: look at the pairs."
-        for name, where in (("f_mem", "in pixels"), ("f_mem_features", "in features")):
-            found, floor = self.numbers[name], self.numbers[f"{name}_floor"]
+        for name, how in _COPIES.items():
+            found, floor = self.numbers.get(name, 0.0), self.numbers.get(f"{name}_floor", 0.0)
             if found > floor:
                 return (
-                    f"The bounds are kept, and yet {found:.2%} of the samples are copies {where} by f_mem, against "
+                    f"The bounds are kept, and yet {found:.2%} of the samples are copies by {how}, against "
                     f"{floor:.2%} of held-out images: look at the pairs."
                 )
         return "Nothing was found."
@@ -87,6 +104,7 @@ def audit(
     seed: int = 0,
     size: int = 96,
     device: str = "cpu",
+    sscd: str = "",
     say: Callable[[str], None] = lambda line: None,
     **settings: Any,
 ) -> Audit:
@@ -94,10 +112,12 @@ def audit(
 
     Held-out images that are training images, too, are left out. Where training mirrors images, each sample and each
     held-out image is turned as it is nearer to its nearest training image. settings: fields of `Sample`. size: side in
-    pixels at which features see images. say: gets a line when something begins. Raises DitkitError for data of anything
-    but images, too few of them, and a ControlNet, whose samples are near what their control images are of.
+    pixels at which features see images. sscd: the file of a network for finding copies (`SSCD`). say: gets a line when
+    something begins. Raises DitkitError for data of anything but images, too few of them, and a ControlNet, whose
+    samples are near what their control images are of.
     """
     begun = time.perf_counter()
+    descriptor = SSCD(sscd, device) if sscd else None
     if len(data.shape) != 3 or data.shape[0] not in (1, 3):
         raise DitkitError(f"{data.name} holds no images [1 or 3, h, w], and an audit is of images")
     _enough(len(data.heldout), data.name)
@@ -185,6 +205,18 @@ def audit(
     for name, test in tests.items():
         protocol[name] = f"64 components, {test.cells} of {test.all_cells} cells, with {test.samples} of the samples"
 
+    more = None
+    if descriptor is not None:
+        say("comparing descriptors")
+        found, more = _described(descriptor, images, held, data.train, different)
+        numbers |= found
+        protocol["sscd"] = {
+            "network": descriptor.name,
+            "sha256": descriptor.sha256,
+            "training": len(different),
+            "status": "unproven: never held against published numbers",
+        }
+
     ratios = near.d1 / near.d2.clamp(min=torch.finfo(near.d2.dtype).tiny)  # two training images may be equally near
     order = torch.argsort(ratios)[:SHOWN]
     pairs = beside(images[order], data.train.batch(near.nearest[order]).data)
@@ -197,7 +229,29 @@ def audit(
         pairs,
         ratios[order],
         near.nearest[order],
+        more,
     )
+
+
+def _described(
+    network: SSCD, images: Tensor, held: Tensor, train: Split, ids: Int[Tensor, "k"]
+) -> tuple[dict[str, float], Similar]:
+    """What descriptors say of samples, of held-out images the same, and the most similar pairs."""
+    sampled, reference = (torch.cat([network(x).features for x in part.split(_AT_ONCE)]) for part in (images, held))
+    known = torch.cat([network(train.batch(part).data).features for part in ids.split(_AT_ONCE)])
+    (cosine, which), (usual, _) = (most_similar(part, known) for part in (sampled, reference))
+    copies = share_of(cosine > network.similar)
+    numbers = {
+        "sscd_copies": copies.value,
+        "sscd_copies_low": copies.low,
+        "sscd_copies_high": copies.high,
+        "sscd_copies_floor": float((usual > network.similar).double().mean()),
+        "sscd_95": float(cosine.quantile(0.95)),
+        "sscd_95_heldout": float(usual.quantile(0.95)),
+    }
+    order = torch.argsort(cosine, descending=True)[:SHOWN]
+    nearest = ids[which[order]]
+    return numbers, Similar(beside(images[order], train.batch(nearest).data), cosine[order], nearest)
 
 
 def _verdicts(numbers: dict[str, float]) -> tuple[tuple[str, str, bool], ...]:
@@ -205,11 +259,12 @@ def _verdicts(numbers: dict[str, float]) -> tuple[tuple[str, str, bool], ...]:
     n = numbers
     copies = tuple(
         (
-            f"f_mem {where} is not above that of held-out images by more than {MARGIN:.0%} (95%)",
+            f"the share of copies by {how} is not above that of held-out images by more than {MARGIN:.0%} (95%)",
             f"{n[name]:.2%} ({n[f'{name}_low']:.2%} to {n[f'{name}_high']:.2%}) against {n[f'{name}_floor']:.2%}",
             n[f"{name}_low"] <= n[f"{name}_floor"] + MARGIN,
         )
-        for name, where in (("f_mem", "in pixels"), ("f_mem_features", "in features"))
+        for name, how in _COPIES.items()
+        if name in n
     )
     return (
         *copies,
@@ -226,6 +281,10 @@ _MEANING = {
     "f_mem_floor": "the same of held-out images: what counts as a copy by chance",
     "f_mem_features": "f_mem in features",
     "f_mem_features_floor": "the same of held-out images",
+    "sscd_copies": "share of samples whose descriptor is similar to that of a training image: moved, recoloured, cut",
+    "sscd_copies_floor": "the same of held-out images",
+    "sscd_95": "the cosine with the most similar training image that 5% of the samples exceed",
+    "sscd_95_heldout": "the same of held-out images",
     "c_t": "copy test of Meehan et al. in pixels; far below 0 = nearer to training data than held-out data is",
     "c_t_features": "the same in features",
     "authentic": "share of samples further from their nearest training image than this is from its own nearest one",
@@ -242,29 +301,45 @@ def write_audit(found: Audit, folder: Path) -> list[Path]:
     rows = tuple(
         (name, Value(found.numbers[name], found.numbers.get(f"{name}_error")), meaning)
         for name, meaning in _MEANING.items()
+        if name in found.numbers
     )
     limits = (
         "Copies are looked for pixel by pixel and in features: parts of training images, and what was moved or "
-        "recoloured, may pass. What was not drawn was not seen: with no copy among n samples the share is below 3 / n."
+        "recoloured, may pass, unless descriptors of a network for finding copies are compared, too (--sscd). What was "
+        "not drawn was not seen: with no copy among n samples the share is below 3 / n."
     )
-    ratios = ", ".join(f"{ratio:.2f}" for ratio in found.ratios.tolist())
-    numbers = ", ".join(map(str, found.indices.tolist()))
+    more = found.similar and _shown(
+        "similar.png",
+        "whose descriptor is most similar",
+        found.similar.pairs,
+        "cosines",
+        found.similar.cosines,
+        found.similar.indices,
+    )
     sections = (
         Section("Verdict", (found.verdict, Table(("what must hold", "what came", ""), found.verdicts), limits)),
         Section("Numbers", (Table(("number", "value", "what it means"), rows),)),
         Section(
             "The samples nearest to training images",
-            (
-                "Each sample is followed by the training image nearest to it; the ones most like a copy first.",
-                Picture("nearest.png", "samples and their nearest training images", rendered(found.pairs, ".png", 16)),
-                f"d1 / d2: {ratios}",
-                f"numbers of the training images: {numbers}",
-            ),
+            _shown("nearest.png", "nearest to it", found.pairs, "d1 / d2", found.ratios, found.indices),
         ),
+        *(() if more is None else (Section("The samples most similar to training images, by SSCD", more),)),
         Section("Protocol", (Listing(found.protocol),)),
     )
     data = {**found.numbers, "passed": found.passed, "protocol": found.protocol}
     return write(Report(f"Audit of {found.title}", sections, data), folder)
+
+
+def _shown(
+    name: str, which: str, pairs: Tensor, score: str, scores: Float[Tensor, "j"], indices: Int[Tensor, "j"]
+) -> tuple[str | Picture, ...]:
+    """The pairs of a report, with their scores and the numbers of the training images."""
+    return (
+        f"Each sample is followed by the training image {which}; the ones most like a copy first.",
+        Picture(name, f"samples and the training images {which}", rendered(pairs, ".png", 16)),
+        f"{score}: {', '.join(f'{value:.2f}' for value in scores.tolist())}",
+        f"numbers of the training images: {', '.join(map(str, indices.tolist()))}",
+    )
 
 
 def _vectors(images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:

@@ -1,4 +1,4 @@
-"""Two tests of copying besides f_mem: do samples lie nearer to the training set than new data does?"""
+"""Tests of copying besides f_mem: do samples lie nearer to the training set than new data does?"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..config import DitkitError
 from ..rng import Rng
 
-__all__ = ["CopyTest", "authentic", "copy_test", "mann_whitney"]
+__all__ = ["CopyTest", "authentic", "copy_test", "mann_whitney", "most_similar"]
 
 
 def mann_whitney(a: Float[Tensor, "n"], b: Float[Tensor, "m"]) -> float:
@@ -28,6 +28,14 @@ def mann_whitney(a: Float[Tensor, "n"], b: Float[Tensor, "m"]) -> float:
     ties = float((counts.double() ** 3 - counts).sum()) / (total * (total - 1))
     variance = n * m / 12 * (total + 1 - ties)
     return (u - n * m / 2) / math.sqrt(variance) if variance > 0 else 0.0
+
+
+def most_similar(
+    samples: Float[Tensor, "n d"], train: Float[Tensor, "m d"], rows: int = 1024
+) -> tuple[Float[Tensor, "n"], Int[Tensor, "n"]]:
+    """The largest cosine of each sample with a training sample, and which this is; rows of length 1."""
+    found = [(part @ train.T).max(dim=1) for part in samples.split(rows)]
+    return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,17 @@ from ..files import sha256
 from ..hub import pretrained
 from .features import Features
 
-__all__ = ["CleanInception", "Clip", "Dino", "FidelityInception", "Lite", "Network", "ScriptedInception", "Seen"]
+__all__ = [
+    "SSCD",
+    "CleanInception",
+    "Clip",
+    "Dino",
+    "FidelityInception",
+    "Lite",
+    "Network",
+    "ScriptedInception",
+    "Seen",
+]
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -92,8 +102,9 @@ class FidelityInception:
             clean.seek(0)
             network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], clean)
         except Exception as error:  # what is no such file fails in many ways
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise DitkitError(f"{file} does not hold the weights of torch-fidelity's Inception-v3: {first}") from None
+            raise DitkitError(
+                f"{file} does not hold the weights of torch-fidelity's Inception-v3: {_first(error)}"
+            ) from None
         self.network, self.device, self.sha256 = network.to(device), device, sha256(file)
         self._places: list[Tensor] = []
         if spatial:
@@ -116,11 +127,7 @@ class ScriptedInception:
 
     def __init__(self, path: str, device: torch.device | str, protocol: str, classes: bool = False):
         file = _file(path, protocol, "inception-2015-12-05.pt")
-        try:
-            # TorchScript is a program, too, but of a language that reaches neither files nor Python
-            self.network: Any = torch.jit.load(str(file), map_location=device).eval()
-        except (RuntimeError, ValueError) as error:
-            raise DitkitError(f"{file} is no TorchScript that can be loaded: {str(error).splitlines()[0]}") from None
+        self.network = _scripted(file, device)
         self.file, self.device, self.classes, self.sha256 = file, device, classes, sha256(file)
 
     @torch.no_grad()
@@ -131,8 +138,7 @@ class ScriptedInception:
                 return Seen(features)
             shares = self.network(images.to(self.device), no_output_bias=True)
         except (RuntimeError, AttributeError) as error:
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise DitkitError(f"{self.file} does not answer as {self.name} does: {first}") from None
+            raise DitkitError(f"{self.file} does not answer as {self.name} does: {_first(error)}") from None
         # probabilities; their logarithms are logits, and one that underflows counts nothing
         return Seen(features, logits=shares.double().clamp(min=1e-300).log().cpu())
 
@@ -194,8 +200,62 @@ class Clip:
         return Seen(F.normalize(self.network(pixel_values=x).image_embeds.float(), dim=1).cpu())
 
 
-def _scaled(images: Tensor, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Float[Tensor, "n 3 s s"]:
-    x = F.interpolate(images.float(), size=(size, size), mode="bicubic", antialias=True) / 255
+class SSCD:
+    """Descriptors of images for finding copies, of length 1 (Pizzi et al. 2022, arXiv:2202.10261), from the authors'
+    TorchScript, which sees images with the shorter side at 288 px; `similar` is the cosine above which a sample is
+    called a copy in Somepalli et al. 2023 (arXiv:2212.03860).
+
+    Raises DitkitError for a file that is no TorchScript, and for one that does not answer with descriptors.
+    """
+
+    side = 288
+    similar = 0.5
+
+    def __init__(self, path: str, device: torch.device | str):
+        file = Path(path).expanduser()
+        if not file.is_file():
+            raise DitkitError(f"there is no file {path}: SSCD needs its authors' sscd_disc_mixup.torchscript.pt")
+        self.network, self.device = _scripted(file, device), device
+        self.name, self.sha256 = f"{file.name} at {self.side} px", sha256(file)
+
+    @torch.no_grad()
+    def __call__(self, images: UInt8[Tensor, "n c h w"]) -> Seen:
+        if images.shape[1] == 1:
+            images = images.expand(-1, 3, -1, -1)
+        by = self.side / min(images.shape[2:])
+        size = (round(images.shape[2] * by), round(images.shape[3] * by))
+        try:
+            found = self.network(_scaled(images.to(self.device), size, MEAN, STD, "bilinear"))
+            if found.ndim != 2 or len(found) != len(images) or not bool(found.isfinite().all()):
+                raise RuntimeError(f"{list(found.shape)} for {len(images)} images")
+        except (RuntimeError, AttributeError) as error:
+            raise DitkitError(f"{self.name} does not answer with one descriptor an image: {_first(error)}") from None
+        return Seen(F.normalize(found.float(), dim=1).cpu())
+
+
+def _scripted(file: Path, device: torch.device | str) -> Any:
+    """A network in TorchScript. Raises DitkitError for another file."""
+    try:
+        # TorchScript is a program, too, but of a language that reaches neither files nor Python
+        return torch.jit.load(str(file), map_location=device).eval()
+    except (RuntimeError, ValueError) as error:
+        raise DitkitError(f"{file} is no TorchScript that can be loaded: {_first(error)}") from None
+
+
+def _first(error: Exception) -> str:
+    """The first line of what an error says."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _scaled(
+    images: Tensor,
+    size: int | tuple[int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    mode: str = "bicubic",
+) -> Float[Tensor, "n 3 h w"]:
+    size = (size, size) if isinstance(size, int) else size
+    x = F.interpolate(images.float(), size=size, mode=mode, antialias=True) / 255
     shift, scale = (torch.tensor(v, device=x.device)[:, None, None] for v in (mean, std))
     return (x - shift) / scale
 
