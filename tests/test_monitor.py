@@ -120,9 +120,11 @@ def test_a_gap_is_one_where_training_and_held_out_samples_differ() -> None:
     assert apart["gap_high"] < 0 or apart["gap_low"] > 0
 
 
-def test_there_may_be_fewer_losses_than_levels() -> None:
-    row = seen(opened(), opened().heldout.batch(torch.arange(40)).data, probes=2, levels=7)
-    assert [level["t"][0] <= level["t"][1] for level in row["levels"]] == [True] * 4
+@pytest.mark.parametrize(("probes", "levels"), [(2, 0), (8, 1), (17, 2), (100, 7)])
+def test_few_losses_are_compared_in_fewer_levels(probes: int, levels: int) -> None:
+    """An interval of a few losses would be too narrow, and each is of two draws."""
+    row = seen(opened(), opened().heldout.batch(torch.arange(40)).data, probes=probes, levels=7)
+    assert [level["t"][0] < level["t"][1] for level in row["levels"]] == [True] * levels
 
 
 def test_in_bf16_distances_and_features_are_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,10 +169,8 @@ def test_more_noises_of_the_same_probes_are_no_more_probes() -> None:
 def test_mirrored_copies_count_where_training_mirrors() -> None:
     data = opened()
     images = data.train.batch(torch.arange(64)).data.flip(-1)
-    recipe = replace(tiny(samples=64), data=Digits(flip=True)).fitted(data)
-    found = Observer(recipe, data, recipe.train.monitor).observe(Planted(recipe, images), 1, LONG)
-    assert found is not None
-    assert found.row["f_mem"] > 0.95
+    assert isinstance(data.train, InMemory)
+    assert seen(replace(data, train=replace(data.train, flip=True)), images)["f_mem"] > 0.95
     assert seen(data, images)["f_mem"] < 0.2
 
 

@@ -22,7 +22,7 @@ from .data.prepared import CODEC, FORMAT, places
 from .recipe import Recipe, device_of
 from .rng import Draw
 
-__all__ = ["Job", "Task", "file_entry", "packed"]
+__all__ = ["Job", "Task", "file_entry", "mirrors", "packed"]
 
 
 @dataclass(frozen=True)
@@ -173,6 +173,11 @@ def _draws(run: Callable[[Draw], Any], value: float = 0.5) -> list[str]:
     asking = _Asking(1, value)
     run(asking)
     return asking.names
+
+
+def mirrors(split: Split) -> bool:
+    """Whether training mirrors the images of a split, or reads latents of mirrored ones."""
+    return "flip" in _draws(lambda rng: split.batch(torch.zeros(1, dtype=torch.int64), rng))
 
 
 def _mirrors(split: Split, name: str) -> bool:

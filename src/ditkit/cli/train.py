@@ -51,7 +51,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--lora-targets", nargs="+", metavar="NAME", help="last names of the Linears that get adapters (attention's)"
     )
     parser.add_argument("--fields", action="store_true", help="list the fields of the recipe and their values")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar; alarms go to stderr")
 
 
 def run(args: argparse.Namespace, rest: Sequence[str]) -> int:

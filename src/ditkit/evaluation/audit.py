@@ -22,6 +22,7 @@ from ..models import ControlConfig
 from ..pipeline import Pipeline
 from ..report import Listing, Picture, Report, Section, Table, Value, number, provenance, write
 from ..rng import Rng
+from ..shards import mirrors
 from ..sheet import beside, rendered
 from .copying import authentic, copy_test, most_similar
 from .decisions import MARGIN
@@ -150,7 +151,7 @@ def audit(
     held = torch.cat(list(examples(data.heldout, max(1000, len(images)), name="audit")))
 
     say(f"looking for copies among {len(data.train):,} training images")
-    flip = getattr(data.train, "flip", False)
+    flip = mirrors(data.train)
     index = Index(lambda ids: _pair(data.train, ids), len(data.train), mirror=mirrored(data.shape) if flip else None)
     index.extend(index.fitting(images[0].numel()))
     while not index.complete:

@@ -15,7 +15,7 @@ __all__ = ["CONSECUTIVE", "MARGIN", "WITHIN", "Decisions", "decide"]
 WITHIN = 0.1
 """Quality this near to its best is as good as the best: a share of it."""
 MARGIN = 0.01
-"""Copies begin where the lower end of the interval of f_mem is above its floor by this."""
+"""Copies begin where the lower end of the interval of f_mem is above the upper end of its floor's by this."""
 CONSECUTIVE = 3
 """The losses part where they do in so many evaluations, one after the other."""
 
@@ -38,9 +38,10 @@ class Decisions:
     lowest: int | None
     """The lowest held-out loss: a cautious place to stop."""
     copies: int | None
-    """The first f_mem whose interval lies above the floor by 1%."""
+    """The first f_mem whose interval lies above that of the floor by 1%."""
     best: int | None
-    """The best quality between the first and the last good step: after `generalises` and before `copies`."""
+    """The best quality between the first and the last good step: after `generalises` and before `copies`; None where
+    copies were not looked for."""
     last: int
     """The last evaluation."""
     searched: int | None
@@ -60,8 +61,9 @@ class Decisions:
             said.append(f"generalising since step {self.generalises:,} ({quality} within {WITHIN:.0%} of its best)")
         if self.parted is not None and self.level is not None:
             low, high = self.level
+            at = f", at t from {low:.2f} to {high:.2f}" if low < high else ""
             said.append(
-                f"training and held-out loss part since step {self.parted:,}, at t from {low:.2f} to {high:.2f} "
+                f"training and held-out loss part since step {self.parted:,}{at} "
                 f"({CONSECUTIVE} evaluations in a row, 95%)"
             )
         if self.lowest is not None and self.lowest < self.last:
@@ -82,12 +84,12 @@ def decide(rows: Sequence[Row]) -> Decisions:
     """Read the rows of a monitor, in the order of their steps. Raises ValueError where there are none.
 
     A row has "step", and what was measured of "heldout_loss", "levels" (each "t", "gap", "low", "high"), "kid"
-    with "kid_error", and "f_mem" with "f_mem_low", "floor" and "samples".
+    with "kid_error", and "f_mem" with "f_mem_low", "floor", "floor_high" and "samples".
     """
     if not rows:
         raise ValueError("there are no rows to decide by")
     sampled = [row for row in rows if row.get("f_mem") is not None]
-    copies = next((r["step"] for r in sampled if r["f_mem_low"] > r["floor"] + MARGIN), None)
+    copies = next((r["step"] for r in sampled if r["f_mem_low"] > r.get("floor_high", r["floor"]) + MARGIN), None)
     measure = "kid" if any(row.get("kid") is not None for row in rows) else "heldout_loss"
     judged = [row for row in rows if row.get(measure) is not None]
     losses = [row for row in rows if row.get("heldout_loss") is not None]
@@ -106,7 +108,7 @@ def decide(rows: Sequence[Row]) -> Decisions:
         level=level,
         lowest=min(losses, key=lambda row: row["heldout_loss"])["step"] if losses else None,
         copies=copies,
-        best=min(window, key=lambda row: row[measure])["step"] if window else None,
+        best=min(window, key=lambda row: row[measure])["step"] if window and sampled else None,
         last=rows[-1]["step"],
         searched=sampled[-1]["step"] if sampled else None,
         ceiling=None if seen is None or copies is not None else 3 / seen,

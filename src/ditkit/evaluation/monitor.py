@@ -14,28 +14,30 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, Shaped, UInt8
+from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from torch import Tensor
 
 from ..codecs import Pixels
 from ..config import DitkitError, NotFinite
-from ..data import Dataset, Split
+from ..data import Dataset
 from ..diffusion import Objective
 from ..models import ControlConfig
 from ..pipeline import Pipeline
 from ..recipe import Monitor, Recipe
 from ..reconstructions import Reconstructions
-from ..rng import Rng
+from ..rng import Replay, Rng
+from ..shards import mirrors
 from .distances import kernel_distance
 from .features import Features
 from .intervals import percentiles
-from .memorization import share_of
+from .memorization import FMem, share_of
 from .neighbours import Index, Near, mirrored
 
 __all__ = ["Observation", "Observer"]
 
 _DRAWS = 2  # times and noises for each probe
-_LEAST = 32  # pairs of probes, and samples, below which nothing is said
+_LEAST = 32  # pairs of probes, and samples, below which nothing is said where there are more
+_OF_A_LEVEL = 16  # losses; the bootstrap's interval of fewer is too narrow
 _ENOUGH = 256  # samples; while there is time for fewer, it is saved until the number of steps has doubled
 _FLOOR = 512  # held-out samples that are looked for among the training samples
 _REFERENCE = 1000  # held-out images that samples are compared with
@@ -86,13 +88,21 @@ class Observer:
         self.objective: Objective = recipe.objective if objective is None else objective
         self.device = torch.device("cpu")
         self.clock, self.prices = clock, _Prices(clock)
-        count = min(settings.probes, len(data.train), len(data.heldout))
+        counts = [min(settings.probes, len(data.train), len(data.heldout))] * 2
+        self.compared = counts[0] >= 2
+        if not self.compared:  # training samples alone, which say what a pass of the network takes
+            counts = [min(settings.probes, len(data.train)), 0]
         rng = Rng(recipe.seed)
-        self.probes = [rng.some("probe", len(split), count) for split in (data.train, data.heldout)]
+        self.probes = [
+            rng.some("probe", len(split), count)
+            for split, count in zip((data.train, data.heldout), counts, strict=True)
+            if count
+        ]
         self.labelled = rng.some("labels", len(data.train), settings.samples)
         continuous = recipe.model.vocab == 0 and not isinstance(recipe.model, ControlConfig)
-        self.index = Index(self._vectors, len(data.train), mirror=self._mirror()) if continuous else None
-        self.floor: dict[str, tuple[float, int]] = {}
+        self.mirrors = mirrors(data.train)
+        self.index = self._index() if continuous else None
+        self.floor: dict[str, FMem] = {}
         self.sampled = 0  # the last step with samples
         self.features: Features | None = None
         self.of_training: Index | None = None
@@ -111,36 +121,35 @@ class Observer:
         plain = isinstance(pipeline, Pipeline)
         draws = self.index is not None and plain
         denoiser = pipeline.denoiser if plain else self.recipe.denoiser.of(pipeline.model)
-        if allowed < _PATIENCE or not self._price(denoiser):
+        if allowed < _PATIENCE or not (draws or self.compared):
             return None
+        self._price(denoiser)
         samples = self._least(pipeline) if draws else 0.0
         if end - self.clock() < samples + _LEAST * self.prices.seconds["probe"]:
             return None
-        row = self._losses(denoiser, end, samples, 0.35 if draws else 1.0)
+        row = self._losses(denoiser, end, samples, 0.35 if draws else 1.0) if self.compared else {}
         if row is None:
             return None
         found = Observation({"step": step, **row})
-        if not draws or self.index is None or not isinstance(pipeline, Pipeline):
-            return found
-        self._read_more(self.index, "row", end, 0.5)
-        if self.index.complete and len(self.index) >= 2:
-            try:
-                self._sampled(pipeline, found, end, last)
-            except NotFinite:
-                found.row["samples"] = 0  # early in a training with few solver steps
-        return found
+        if draws and self.index is not None and isinstance(pipeline, Pipeline):
+            self._read_more(self.index, "row", end, 0.5)
+            if self.index.complete and self.index.duplicates:
+                found.row["duplicates"] = self.index.duplicates
+            if self.index.complete and len(self.index) >= 2:
+                try:
+                    self._sampled(pipeline, found, end, last)
+                except NotFinite:
+                    found.row["samples"] = 0  # early in a training with few solver steps
+        return found if len(found.row) > 1 else None
 
     @torch.no_grad()
-    def _price(self, denoiser: Any) -> bool:
-        """Measure what a pair of probes takes, once; False where there are none."""
-        count = min(8, *(len(probes) for probes in self.probes))
-        if count < 2:
-            return False
+    def _price(self, denoiser: Any) -> None:
+        """Measure what a pair of probes takes, once."""
+        count = min(8, len(self.probes[0]))
         if "probe" not in self.prices.seconds:
             for _ in range(2):  # the first time is slower than the next: memory is taken, code is loaded
                 with self.prices.measure("probe", count):
                     self._pairs(denoiser, count)
-        return True
 
     def _as_trained(self) -> torch.autocast:
         """The precision of the training, for the network; distances and features are in their own."""
@@ -163,8 +172,9 @@ class Observer:
         with self.prices.measure("probe", count):
             train, heldout, t, probe = self._pairs(denoiser, count)
         order = torch.argsort(t, stable=True)
+        levels = min(self.settings.levels, len(order) // _OF_A_LEVEL, len(t.unique()))
         rows = []
-        for places in order.tensor_split(min(self.settings.levels, len(order))):
+        for places in order.tensor_split(levels) if levels else ():
             gap = heldout[places] - train[places]
             low, high = _interval(gap, probe[places], count)
             rows.append(
@@ -191,17 +201,17 @@ class Observer:
         self, denoiser: Any, count: int
     ) -> tuple[Float[Tensor, "m"], Float[Tensor, "m"], Float[Tensor, "m"], Int[Tensor, "m"]]:
         """The losses of training and of held-out samples, the times at which they were taken, the same in both, and
-        which of the probes each is of."""
+        which of the probes each is of. Without held-out probes both are of the training samples."""
         losses, times, probe = [], torch.empty(0), torch.empty(0)
-        for split, probes in zip((self.data.train, self.data.heldout), self.probes, strict=True):
+        for split, probes in zip((self.data.train, self.data.heldout), self.probes, strict=False):
             found, at, of = [], [], []
             for places in torch.arange(count).split(_AT_ONCE):
                 batch = split.batch(probes[places])
                 cond = self.recipe.given(batch.given, self.device)
                 data = batch.data.to(self.device)
-                x0 = self.recipe.codec.encode(data)
-                for draw in range(_DRAWS):
-                    rng = Rng(self.recipe.seed).at(draw, places.to(self.device))
+                draws = [Rng(self.recipe.seed).at(draw, places.to(self.device)) for draw in range(_DRAWS)]
+                x0 = self.recipe.codec.encode(data, draws[0])  # where training draws latents, one draw of them
+                for rng in draws:
                     images = data if self.data.codec is None else None
                     with self._as_trained():
                         loss = self.objective.loss(denoiser, x0, cond, rng, images)
@@ -210,7 +220,7 @@ class Observer:
                     of.append(places)
             losses.append(torch.cat(found))
             times, probe = torch.cat(at), torch.cat(of)
-        return losses[0], losses[1], times, probe
+        return losses[0], losses[-1], times, probe
 
     # copies and quality
 
@@ -218,19 +228,29 @@ class Observer:
         """Seconds of the fewest samples."""
         price = self.prices.seconds["probe"]
         steps = min(self.settings.steps, pipeline.recipe.sample.steps)
-        # before any was drawn: a sample takes two passes a step, and a probe two draws in two splits
-        guess = price / (2 * _DRAWS) * 2 * steps
+        # before any was drawn: a sample takes two passes a step, and a probe two draws in each split
+        guess = price / (len(self.probes) * _DRAWS) * 2 * steps
         return _LEAST * self.prices.seconds.get("sample", guess)
 
     def _vectors(self, ids: Int[Tensor, "b"]) -> tuple[Shaped[Tensor, "b *s"], Float[Tensor, "b d"]]:
         data = self.data.train.batch(ids).data
-        return data, self.recipe.codec.encode(data.to(self.device)).flatten(1)
+        return data, self._encoded(data)
 
-    def _mirror(self) -> Callable[[Float[Tensor, "b d"]], Float[Tensor, "b d"]] | None:
-        """Mirrors vectors where training mirrors images."""
-        if not getattr(self.recipe.data, "flip", False) or not isinstance(self.recipe.codec, Pixels):
-            return None
-        return mirrored(self.data.shape)
+    def _encoded(self, data: Shaped[Tensor, "b *s"]) -> Float[Tensor, "b d"]:
+        return self.recipe.codec.encode(data.to(self.device)).flatten(1)
+
+    def _index(self) -> Index:
+        """Of the training samples, as they are and mirrored where training mirrors them."""
+        count = len(self.data.train)
+        if self.mirrors and isinstance(self.recipe.codec, Pixels):
+            return Index(self._vectors, count, mirror=mirrored(self.data.shape))
+        # latents of a mirrored image are no function of its own
+        again = (lambda ids: self._encoded(self._mirrored(ids))) if self.mirrors else None
+        return Index(self._vectors, count, read_mirrored=again)
+
+    def _mirrored(self, ids: Int[Tensor, "b"]) -> Shaped[Tensor, "b *s"]:
+        """Training samples as training mirrors them."""
+        return self.data.train.batch(ids, Replay({"flip": torch.zeros(len(ids))})).data
 
     def _read_more(self, index: Index, kind: str, end: float, part: float) -> None:
         """Read more training samples, for a part of the time that is left."""
@@ -239,10 +259,10 @@ class Observer:
         stop = self.clock() + part * (end - self.clock())
         if kind not in self.prices.seconds:
             with self.prices.measure(kind, 8):
-                index.read(index.order[:8])
+                index.versions(index.order[:8])
         while not index.complete:
             first = len(index) == 0
-            count = index.fitting(_width(index)) if first else _AT_ONCE
+            count = index.fitting(index.read(index.order[:1])[1].shape[1]) if first else _AT_ONCE
             if self.prices.room(kind, stop - self.clock()) < min(count, index.wanted - index.seen):
                 return
             with self.prices.measure(kind, min(count, index.wanted - index.seen)):
@@ -263,9 +283,9 @@ class Observer:
             count = more
             x0, near = self._drawn(pipeline, self.index, count)
         if "pixels" not in self.floor:
-            vectors = [v for _, v in self._heldout(_FLOOR)]
-            copied = self.index.nearest(torch.cat(vectors)).copied
-            self.floor["pixels"] = float(copied.double().mean()), len(copied)
+            ids = Rng(self.recipe.seed).some("floor", len(self.data.heldout), _FLOOR).split(_AT_ONCE)
+            heldout = [self._encoded(self.data.heldout.batch(part).data) for part in ids if len(part)]
+            self.floor["pixels"] = _floor(self.index, heldout)
         found.row |= {
             "samples": count,
             "indexed": len(self.index),
@@ -278,7 +298,7 @@ class Observer:
         if images.ndim != 4 or images.dtype != torch.uint8:
             return
         chosen = torch.argsort(near.d1 / near.d2)[:8]
-        theirs = self._images(self.data.train, near.nearest[chosen])
+        theirs = self._images(self.data.train.batch(near.nearest[chosen]).data)
         found.pairs = torch.stack((images[chosen], theirs), dim=1).flatten(0, 1)
         self._compared(images, found, end)
 
@@ -301,16 +321,9 @@ class Observer:
         count = min(most, max(least, self.prices.room("sample", 0.7 * left if self.pictures else left)))
         return count if count == most else 2 ** (count.bit_length() - 1)
 
-    def _heldout(self, most: int) -> Iterator[tuple[Shaped[Tensor, "b *s"], Float[Tensor, "b d"]]]:
-        """Held-out samples and their vectors, the same each time."""
-        for ids in Rng(self.recipe.seed).some("floor", len(self.data.heldout), most).split(_AT_ONCE):
-            data = self.data.heldout.batch(ids).data
-            yield data, self.recipe.codec.encode(data.to(self.device)).flatten(1)
-
-    def _images(self, split: Split, ids: Int[Tensor, "b"]) -> UInt8[Tensor, "b c h w"]:
-        """What a person would see of these samples; of prepared latents, what they decode to."""
-        data = split.batch(ids).data
-        if self.data.codec is None:
+    def _images(self, data: Shaped[Tensor, "b *s"]) -> UInt8[Tensor, "b c h w"]:
+        """What a person would see of these samples; of latents, what they decode to, as samples are decoded."""
+        if isinstance(self.recipe.codec, Pixels):
             return data
         return self.recipe.codec.decode(self.recipe.codec.encode(data.to(self.device))).cpu()
 
@@ -322,7 +335,9 @@ class Observer:
             except DitkitError:  # the weights are an extra
                 self.pictures = False
                 return
-            self.of_training = Index(self._features_of, len(self.data.train), project=True)
+            seen = self.features
+            again = (lambda ids: seen(self._images(self._mirrored(ids)))) if self.mirrors else None
+            self.of_training = Index(self._features_of, len(self.data.train), read_mirrored=again, project=True)
         assert self.of_training is not None
         ids = Rng(self.recipe.seed).some("reference", len(self.data.heldout), _REFERENCE)
         while (done := sum(len(part) for part in self.reference)) < len(ids):
@@ -330,7 +345,7 @@ class Observer:
             if self.prices.room("feature", end - self.clock()) < len(part) and "feature" in self.prices.seconds:
                 return
             with self.prices.measure("feature", len(part)):
-                self.reference.append(self.features(self._images(self.data.heldout, part)))
+                self.reference.append(self.features(self._images(self.data.heldout.batch(part).data)))
         if self.prices.room("feature", end - self.clock()) < len(images):
             return
         with self.prices.measure("feature", len(images)):
@@ -341,30 +356,31 @@ class Observer:
         self._read_more(self.of_training, "feature of training", end, 1.0)
         if self.of_training.complete and len(self.of_training) >= 2:
             if "features" not in self.floor:
-                copied = self.of_training.nearest(torch.cat(self.reference)[:_FLOOR]).copied
-                self.floor["features"] = float(copied.double().mean()), len(copied)
+                self.floor["features"] = _floor(self.of_training, self.reference)
             copied = self.of_training.nearest(features).copied
             found.row |= _shares("_features", copied, self.floor["features"])
 
     def _features_of(self, ids: Int[Tensor, "b"]) -> tuple[Shaped[Tensor, "b *s"], Float[Tensor, "b d"]]:
         assert self.features is not None
-        return self.data.train.batch(ids).data, self.features(self._images(self.data.train, ids))
+        data = self.data.train.batch(ids).data
+        return data, self.features(self._images(data))
 
 
-def _width(index: Index) -> int:
-    """Numbers of a vector of an index."""
-    return index.read(index.order[:1])[1].shape[1]
+def _floor(index: Index, heldout: list[Float[Tensor, "b d"]]) -> FMem:
+    """The share of held-out samples that seem copied; 0 where there are none."""
+    return share_of(index.nearest(torch.cat(heldout)[:_FLOOR]).copied) if heldout else FMem(0.0, 0.0, 0.0, 0.0, 0)
 
 
-def _shares(name: str, copied: Tensor, floor: tuple[float, int]) -> dict[str, Any]:
-    """f_mem with its interval, and the floor with the number of held-out samples it is of."""
+def _shares(name: str, copied: Bool[Tensor, "n"], floor: FMem) -> dict[str, Any]:
+    """f_mem with its interval, and the floor with its upper end and the number of held-out samples it is of."""
     share = share_of(copied)
     return {
         f"f_mem{name}": share.value,
         f"f_mem{name}_low": share.low,
         f"f_mem{name}_high": share.high,
-        f"floor{name}": floor[0],
-        f"floor{name}_samples": floor[1],
+        f"floor{name}": floor.value,
+        f"floor{name}_high": floor.high,
+        f"floor{name}_samples": floor.samples,
     }
 
 

@@ -58,8 +58,9 @@ class Index:
     """Distinct training samples as short vectors; it grows as long as there is time for it.
 
     read: of training samples, by index, what tells equal ones (bytes) and their vectors [b d] as float32. mirror:
-    vectors of the same samples mirrored, where training mirrors them: then a sample is as far from a training sample as
-    from the nearer of the two, and mirror images of each other are one sample. project: the distances are those of the
+    vectors of the same samples mirrored, where training mirrors them; read_mirrored: instead of it, vectors of training
+    samples mirrored, of which as many numbers are kept again. Then a sample is as far from a training sample as from
+    the nearer of the two, and mirror images of each other are one sample. project: the distances are those of the
     projections, and nothing is read again.
     """
 
@@ -69,17 +70,19 @@ class Index:
         length: int,
         *,
         mirror: Callable[[Float[Tensor, "b d"]], Float[Tensor, "b d"]] | None = None,
+        read_mirrored: Callable[[Int[Tensor, "b"]], Float[Tensor, "b d"]] | None = None,
         project: bool = False,
         most: int = MOST,
     ):
         self.read, self.length, self.mirror, self.project = read, length, mirror, project
+        self.read_mirrored = read_mirrored
         # one order for everyone; a part of the data is then a fair part
         self.order = torch.argsort(Rng(0).at(0, torch.arange(length))("index", "uniform"), stable=True)[:most]
         self.seen = 0
         self.duplicates = 0
         self._hashes: set[bytes] = set()
         self._axes: Float[Tensor, "d k"] | None = None
-        self._rows = torch.empty(0)
+        self._rows: list[Tensor] = []
         self._ids: list[int] = []
         self._norm = 0.0
 
@@ -102,12 +105,12 @@ class Index:
         ids = self.order[self.seen : self.seen + count]
         if len(ids) == 0:
             return
-        raw, vectors = self.read(ids)
+        raw, versions = self.versions(ids)
         self.seen += len(ids)
         kept = []
-        raw, vectors = raw.cpu(), vectors.flatten(1).float()
-        plain = vectors.cpu()
-        turned = None if self.mirror is None else self.mirror(vectors).cpu()
+        raw, plain, turned = raw.cpu(), versions[0].cpu(), None
+        if self.mirror is not None or len(versions) > 1:
+            turned = versions[1].cpu() if self.mirror is None else self.mirror(plain)
         for k, sample in enumerate(raw):
             digest = _digest(sample)
             if digest in self._hashes or (turned is not None and _digest(turned[k]) in self._hashes):
@@ -118,19 +121,27 @@ class Index:
                 self._hashes.add(_digest(plain[k]))
             kept.append(k)
         if not self._ids:
-            self._begin(vectors)
-        rows = self.short(vectors[kept]).cpu()
+            self._begin(versions)
         first = len(self._ids)
-        self._rows[first : first + len(rows)] = rows
-        self._norm = max(self._norm, *rows.norm(dim=1).tolist(), 0.0)
+        for rows, vectors in zip(self._rows, versions, strict=True):
+            short = self.short(vectors[kept]).cpu()
+            rows[first : first + len(short)] = short
+            self._norm = max(self._norm, *short.norm(dim=1).tolist(), 0.0)
         self._ids += ids[kept].tolist()
+
+    def versions(self, ids: Int[Tensor, "b"]) -> tuple[Shaped[Tensor, "b *s"], list[Float[Tensor, "b d"]]]:
+        """What tells equal training samples, and their vectors; mirrored ones, too, where they are read."""
+        raw, vectors = self.read(ids)
+        found = [vectors] if self.read_mirrored is None else [vectors, self.read_mirrored(ids)]
+        return raw, [each.flatten(1).float() for each in found]
 
     def fitting(self, d: int) -> int:
         """How many samples of d numbers its first part should have, for the axes to be found from them."""
         return min(1024, max(2, _FITTED // d), self.wanted)
 
-    def _begin(self, vectors: Float[Tensor, "b d"]) -> None:
+    def _begin(self, versions: list[Float[Tensor, "b d"]]) -> None:
         """Choose the axes: the principal ones of the first samples, or all where there are few."""
+        vectors = torch.cat([v[k :: len(versions)] for k, v in enumerate(versions)])
         d = vectors.shape[1]
         if d > AXES:
             centred = vectors - vectors.mean(0)
@@ -139,7 +150,8 @@ class Index:
                 axes = torch.linalg.qr(centred.T @ (centred @ axes)).Q
             self._axes = axes
         width = d if self._axes is None else self._axes.shape[1]
-        self._rows = torch.empty(self.wanted, width)  # pages of memory that are not written yet are not taken
+        # pages of memory that are not written yet are not taken
+        self._rows = [torch.empty(self.wanted, width) for _ in versions]
 
     @property
     def ids(self) -> Int[Tensor, "n"]:
@@ -149,7 +161,7 @@ class Index:
     @property
     def rows(self) -> Float[Tensor, "n k"]:
         """The short vectors of the distinct samples."""
-        return self._rows[: len(self)]
+        return self._rows[0][: len(self)]
 
     def short(self, vectors: Float[Tensor, "b d"]) -> Float[Tensor, "b k"]:
         """Vectors on the axes that are kept."""
@@ -171,7 +183,8 @@ class Index:
         count, width = places.shape
         if self.project or self._axes is None:
             short = [self.short(v).cpu() for v in seen]
-            exact = torch.stack([self._apart(short, self._rows[places[:, k]]) for k in range(width)], dim=1)
+            columns = [[rows[places[:, k]] for rows in self._rows] for k in range(width)]
+            exact = torch.stack([self._apart(short, rows) for rows in columns], dim=1)
             return self._said(exact, places, ratio)
         exact = torch.full((count, width), torch.inf, dtype=torch.float64)
         open_ = torch.ones(count, dtype=torch.bool)
@@ -207,11 +220,13 @@ class Index:
         places = torch.zeros(count, width, dtype=torch.int64)
         slack = _SLACK * max(self._norm, *(float(s.norm(dim=1).max()) for s in short))
         for first in range(0, len(self), _BLOCK):
-            rows = self._rows[first : min(first + _BLOCK, len(self))]
-            norms = rows.square().sum(1)
-            squared = torch.stack([s.square().sum(1)[:, None] + norms - 2 * s @ rows.T for s in short]).amin(0)
+            last = min(first + _BLOCK, len(self))
+            pairs = [(s, rows[first:last]) for s in short for rows in self._rows]
+            squared = torch.stack(
+                [s.square().sum(1)[:, None] + rows.square().sum(1) - 2 * s @ rows.T for s, rows in pairs]
+            ).amin(0)
             found = (squared.clamp(min=0).sqrt() - slack).clamp(min=0).double()
-            here = torch.arange(first, first + len(rows)).expand(count, -1)
+            here = torch.arange(first, last).expand(count, -1)
             best, chosen = torch.cat((best, found), dim=1).topk(width, dim=1, largest=False)
             places = torch.cat((places, here), dim=1).gather(1, chosen)
         return best, places
@@ -220,12 +235,12 @@ class Index:
         """Distances in full to the training samples at these places, which are read again."""
         found = []
         for part in torch.arange(len(places)).split(64):
-            rows = self.read(torch.tensor([self._ids[p] for p in places[part].tolist()]))[1].flatten(1)
+            rows = self.versions(torch.tensor([self._ids[p] for p in places[part].tolist()]))[1]
             found.append(self._apart([v[part.to(v.device)] for v in vectors], rows))
         return torch.cat(found) if found else torch.empty(0, dtype=torch.float64)
 
     @staticmethod
-    def _apart(vectors: list[Float[Tensor, "n d"]], rows: Float[Tensor, "n d"]) -> Float[Tensor, "n"]:
+    def _apart(vectors: list[Float[Tensor, "n d"]], rows: list[Float[Tensor, "n d"]]) -> Float[Tensor, "n"]:
         """L2 of each to its row, in float64; the nearer of the mirrored."""
-        apart = [(v.double() - rows.to(v.device).double()).square().sum(1).sqrt() for v in vectors]
+        apart = [(v.double() - r.to(v.device).double()).square().sum(1).sqrt() for v in vectors for r in rows]
         return torch.stack(apart).amin(0).cpu()

@@ -62,15 +62,23 @@ def watched(run: Run) -> Section | None:
         return None
     said = decide(rows).lines()
     spent = f"{len(rows)} evaluations took {number(rows[-1]['seconds'])} seconds of the training."
-    steps = [row["step"] for row in rows]
-    losses = [
-        Line("training samples", steps, [row["train_loss"] for row in rows]),
-        Line("held-out samples", steps, [row["heldout_loss"] for row in rows]),
-    ]
-    loss = lines(losses, "step", "loss of the averaged weights", log_x=True, log_y=True)
-    parts: list[str | Picture] = [*(f"{line[0].upper()}{line[1:]}." for line in said), spent]
-    parts.append(Picture("monitor-loss.png", "losses of training and held-out samples over steps", loss))
+    compared = [row for row in rows if row.get("heldout_loss") is not None]
     sampled = [row for row in rows if row.get("f_mem") is not None]
+    parts: list[str | Picture] = [f"{line[0].upper()}{line[1:]}." for line in said]
+    if not compared:
+        parts.append("Losses were not compared: there are fewer than 2 held-out samples.")
+    if not sampled:
+        parts.append("Copies were not looked for: no samples were drawn.")
+    parts.append(spent)
+    if compared:
+        steps = [row["step"] for row in compared]
+        losses = [
+            Line("training samples", steps, [row["train_loss"] for row in compared]),
+            Line("held-out samples", steps, [row["heldout_loss"] for row in compared]),
+        ]
+        positive = all(min(row["train_loss"], row["heldout_loss"]) > 0 for row in compared)
+        loss = lines(losses, "step", "loss of the averaged weights", log_x=True, log_y=positive)
+        parts.append(Picture("monitor-loss.png", "losses of training and held-out samples over steps", loss))
     if sampled:
         at = [row["step"] for row in sampled]
         copies = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from types import TracebackType
@@ -93,8 +94,10 @@ class Log:
         os.fsync(self.file.fileno())
 
     def say(self, line: str) -> None:
-        """A line above the progress bar."""
-        if not self.bar.disable:
+        """A line above the progress bar; where there is none, among the errors."""
+        if self.bar.disable:
+            print(line, file=sys.stderr, flush=True)
+        else:
             self.bar.write(line)
 
 
