@@ -40,7 +40,7 @@ _LEAST = 32  # pairs of probes, and samples, below which nothing is said where t
 _OF_A_LEVEL = 16  # losses; the bootstrap's interval of fewer is too narrow
 _ENOUGH = 256  # samples; while there is time for fewer, it is saved until the number of steps has doubled
 _FLOOR = 512  # held-out samples that are looked for among the training samples
-_REFERENCE = 512  # held-out images that samples, no more than these, are compared with
+_REFERENCE = 512  # held-out images that samples are compared with
 _AT_ONCE = 64
 _PATIENCE = 0.2  # seconds; with less not even prices are measured
 
