@@ -16,7 +16,7 @@ from ditkit.conditioners import Edges, Label, RandomText
 from ditkit.conditioning import Given
 from ditkit.config import DitkitError, from_json, to_json
 from ditkit.data import Digits
-from ditkit.evaluation import audit
+from ditkit.evaluation import audit, find_protocol, images_of_split, judge_run
 from ditkit.evaluation.controlled import edge_agreement
 from ditkit.models import DiTConfig
 from ditkit.recipe import Recipe
@@ -175,6 +175,17 @@ def test_an_audit_is_of_samples_without_a_control_and_of_the_classes_trained_on(
         audit(ditkit.load(run), data, samples=20)
     with pytest.raises(DitkitError, match=r"the data now has the classes \('a', 'b'\), the run was trained on"):
         audit(ditkit.load(base), replace(data, classes=("a", "b")), samples=20)
+
+
+def test_a_protocol_measures_what_a_controlnet_draws_after_control_images(run: Path, tmp_path: Path) -> None:
+    """And not its base, which it is without them."""
+    real = images_of_split(Digits(resolution=16).open().heldout, "digits", 12)
+    found = [
+        judge_run(run, find_protocol("ditkit"), real, samples=8, cache=str(tmp_path), control_scale=scale)
+        for scale in (0.0, 100.0)
+    ]
+    assert found[0].protocol["control"] == "of held-out images"
+    assert found[0].numbers["frechet"] != found[1].numbers["frechet"]
 
 
 def test_scale_0_is_the_base_and_the_control_changes_samples(base: Path, run: Path) -> None:

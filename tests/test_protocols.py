@@ -7,6 +7,7 @@ import json
 import pickle
 import subprocess
 import sys
+import types
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,8 @@ from ditkit.pipeline import load
 from ditkit.report import Table, Value
 from ditkit.studies.study import Finding, Results
 from ditkit.training import train
+
+from .conftest import Command
 
 
 def pixels(n: int, side: int = 16, seed: int = 0, channels: int = 3) -> Tensor:
@@ -338,12 +341,16 @@ def test_what_is_no_reference_is_said(script: str, clip: str, tmp_path: Path) ->
     np.savez(tmp_path / "half.npz", mu=np.zeros(3))
     np.savez(tmp_path / "wrong.npz", mu=np.zeros(3), sigma=np.zeros((4, 4)))
     np.savez(tmp_path / "other.npz", mu=np.zeros(3), sigma=np.eye(3))
+    np.savez(tmp_path / "turned.npz", mu=np.zeros(6), sigma=np.eye(6) + np.eye(6, k=1))
+    np.savez(tmp_path / "complex.npz", mu=np.zeros(6) + 1j, sigma=np.eye(6))
     np.savez(tmp_path / "pickled.npz", mu=np.array([object()]), sigma=np.eye(3))
     (tmp_path / "text.npz").write_text("no archive")
     for name, said in {
         "img512.pkl": "is a pickle, which is a program",
         "half.npz": "holds no mu and sigma",
         "wrong.npz": r"a covariance \[d, d\]",
+        "turned.npz": "a covariance is symmetric, and this one is not",
+        "complex.npz": "the mean of features must be real",
         "pickled.npz": "cannot be read as statistics",
         "text.npz": "cannot be read as statistics",
         "nothing.npz": "there is no file",
@@ -353,6 +360,9 @@ def test_what_is_no_reference_is_said(script: str, clip: str, tmp_path: Path) ->
     images = images_in_memory(pixels(20), "")
     with pytest.raises(DitkitError, match="of 6 and 3 features do not compare"):
         judge(find_protocol("edm2", script), images, tmp_path / "other.npz")
+    np.savez(tmp_path / "negative.npz", mu=np.zeros(6), sigma=-np.eye(6))
+    with pytest.raises(DitkitError, match="a covariance has no negative eigenvalues, and this one has -1 beside -1"):
+        judge(find_protocol("edm2", script), images, tmp_path / "negative.npz")
     with pytest.raises(DitkitError, match="CMMD compares images with images"):
         judge(find_protocol("cmmd", clip), images, tmp_path / "other.npz")
 
@@ -427,6 +437,33 @@ def test_every_protocol_says_what_it_is() -> None:
         assert cls(weights="").status == ("proven" if name == "ditkit" else "unproven")
 
 
+class Places(torch.nn.Module):
+    """Answers as torch-fidelity's Inception-v3 does."""
+
+    def __init__(self, name: str, features: list[str], weights: io.BytesIO) -> None:
+        super().__init__()
+        self.scale = torch.load(weights, weights_only=True)["scale"]
+        self.Mixed_6d = torch.nn.ModuleDict({"branch1x1": torch.nn.Identity()})
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.Mixed_6d["branch1x1"](images[:, :, ::4, ::4].float() * self.scale)
+        return x.flatten(1)[:, :4], x.mean((2, 3))
+
+
+def test_a_reference_kept_for_jit_does_not_take_sfid_from_adm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They share the file of weights, and only adm looks at places."""
+    package = types.ModuleType("torch_fidelity")
+    package.FeatureExtractorInceptionV3 = Places  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch_fidelity", package)
+    torch.save({"scale": torch.tensor(0.01)}, weights := tmp_path / "weights.pth")
+    sets = images_in_memory(pixels(60), "samples"), images_in_memory(pixels(70, seed=1), "real")
+    for name, numbers in (("jit", {"fid", "inception_score"}), ("adm", {"fid", "sfid", "inception_score"})):
+        found = judge(find_protocol(name, str(weights)), *sets, device="cpu", cache=str(tmp_path))
+        assert numbers <= set(found.numbers)
+    again = judge(find_protocol("adm", str(weights)), *sets, device="cpu", cache=str(tmp_path))
+    assert again.numbers == found.numbers
+
+
 # numbers of different protocols
 
 
@@ -480,6 +517,9 @@ def test_label_rules() -> None:
         assert labels_by(rule, 0, 5) is None
     with pytest.raises(DitkitError, match="100 samples cannot be balanced over 3 classes"):
         labels_by("balanced", 3, 100)
+    for rule in RULES:
+        with pytest.raises(DitkitError, match="at least 1 sample is drawn, not -5"):
+            labels_by(rule, 10, -5)
     with pytest.raises(DitkitError, match="no label rule 'balance'"):
         labels_by("balance", 3, 9)
 
@@ -571,3 +611,20 @@ def test_the_command_measures_runs_folders_and_archives(
         assert status == 1
         assert line in error
         assert error.startswith("ditkit: ")
+
+
+def test_what_the_command_refuses_before_the_work(run: Path, ditkit: Command, tmp_path: Path) -> None:
+    save_arr(pixels(8), tmp_path / "a.npz")
+    images = ("evaluate", tmp_path / "a.npz", "--protocol", "ditkit", "--reference", tmp_path / "a.npz")
+    for words, said in (
+        ((*images, "--seed", "3"), "without settings of a sampling"),
+        ((*images, "--out", tmp_path / "a.npz"), "a.npz is a file; choose a folder with --out"),
+        (("evaluate", run, "--protocol", "ditkit", "--samples", "-5"), "at least 1 sample is drawn, not -5"),
+    ):
+        bad = ditkit(*words)
+        assert (bad.returncode, said in bad.stderr, bad.stderr.count("\n")) == (1, True, 1), bad.stderr
+    (checkpoint,) = (run / "checkpoints").iterdir()  # is a run as well
+    done = ditkit("evaluate", checkpoint, "--protocol", "ditkit", "--reference", images[1], "--samples", "6")
+    assert done.returncode == 0, done.stderr
+    assert "8 samples" not in done.stdout
+    assert (checkpoint / "protocols" / "ditkit" / "report.json").exists()

@@ -48,7 +48,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     guidance_arguments(parser)
     parser.add_argument("--solver", help="how a step is taken: euler, heun, ddim, dpmpp_2m, unipc_3, ...")
     parser.add_argument("--batch", type=int, help="samples computed at once")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the samples")
+    parser.add_argument("--seed", type=int, help="seed of the samples (default: 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
 
 
@@ -61,18 +61,21 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
 def _by_protocol(args: argparse.Namespace, settings: dict[str, Any]) -> int:
     """Measure a run or images by a protocol, print the numbers and write a report."""
     from ..evaluation import find_protocol, images_of, judge, judge_run, write_judgement
-    from ..runs import Run
+    from ..report import check_folder
+    from ..runs import is_run
 
     protocol = find_protocol(args.protocol, args.weights)
     how = {"device": args.device, "say": say}
     out = args.out
-    if Run(args.run).exists():
+    if args.out is not None:
+        check_folder(args.out)
+    if is_run(args.run):
         reference = None if args.reference is None else _reference(args.reference)
-        drawn = {"samples": args.samples, "labels": args.labels, "seed": args.seed}
+        drawn = {"samples": args.samples, "labels": args.labels, "seed": args.seed or 0}
         found = judge_run(args.run, protocol, reference, **drawn, **how, **settings)
         out = out or args.run / "protocols" / protocol.name
     else:
-        if settings or args.labels:
+        if settings or args.labels or args.seed is not None:
             raise DitkitError(f"{args.run} is no run: images are measured as they are, without settings of a sampling")
         if args.reference is None:
             raise DitkitError("images are compared with something: give --reference FILE_OR_DATA")
@@ -91,9 +94,10 @@ def _reference(text: str) -> str | Dataset:
     if Path(text).expanduser().exists():
         return text
     from .. import recipes  # noqa: F401  every kind of data is registered
+    from ..evaluation.heldout import original
 
     if text.partition(":")[0] in names("data"):
-        return named("data", text).open()
+        return original(named("data", text)).open()
     raise DitkitError(f"--reference {text}: there is no such file, and no such data set ({', '.join(names('data'))})")
 
 
@@ -109,7 +113,7 @@ def _as_the_recipe(args: argparse.Namespace, settings: dict[str, Any]) -> int:
     folder = Run(args.run)
     folder.recipe()  # the report needs a run, not only a checkpoint
     curve(folder.rows())  # and the package that draws it: better said now than after the work
-    found = evaluate(args.run, samples=args.samples, seed=args.seed, device=args.device, say=say, **settings)
+    found = evaluate(args.run, samples=args.samples, seed=args.seed or 0, device=args.device, say=say, **settings)
     written = write_report(folder, found)
     for name, meaning in MEANING.items():
         if name in found.numbers:

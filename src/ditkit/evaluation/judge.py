@@ -11,6 +11,7 @@ import torch
 
 from ..config import DitkitError, lookup, to_json
 from ..data import Dataset
+from ..models import ControlConfig
 from ..pipeline import Pipeline, load
 from ..recipe import device_of
 from ..report import Listing, Report, Section, Table, Value, provenance, write
@@ -115,24 +116,33 @@ def judge_run(
     """Draw samples of a run and measure them.
 
     reference: as `judge`, by default the held-out part of the run's data. samples: how many, by default the recipe's.
-    labels: one of `RULES`, by default the protocol's; a model of captions is given those of held-out images. settings:
-    fields of `Sample`. Raises DitkitError as `judge`.
+    labels: one of `RULES`, by default the protocol's; a model of captions is given those of held-out images, and a
+    ControlNet control images of these, with their labels. settings: fields of `Sample`. Raises DitkitError as `judge`,
+    and for a model that draws no images.
     """
     pipeline = load(run, device=device)
+    if len(pipeline.shape) != 3:
+        raise DitkitError(f"protocols measure images, and this model draws what has the shape {list(pipeline.shape)}")
     rule = labels or (protocol.labels if protocol.labels in RULES else "in_turn")
     count = pipeline.recipe.evaluate.samples if samples is None else samples
     asked = labels_by(rule, len(pipeline.classes), count, seed)
-    own = original(pipeline.recipe.data).open() if reference is None or pipeline.captioned else None
+    controlled = isinstance(pipeline.recipe.model, ControlConfig)
+    like = pipeline.captioned or controlled
+    own = original(pipeline.recipe.data).open() if reference is None or like else None
     against = own if reference is None else reference
     assert against is not None
     given: dict[str, Any] = {"label": asked}
-    if pipeline.captioned and own is not None:
+    if like and own is not None:
+        if not len(own.heldout):
+            raise DitkitError(f"{own.name} has no held-out images, whose captions or control images are drawn after")
         _, given = pipeline.like(own.heldout, count)
     say(f"drawing {count} samples")
     images = _drawn(pipeline, given, count, seed, settings)
     found = judge(protocol, images, against, device=device, cache=cache, say=say)
     drawn = sampling_protocol(pipeline, pipeline.settings(**settings), count, seed)
     drawn["labels"] = CAPTIONS if pipeline.captioned else RULES[rule] if asked is not None else "none"
+    if controlled:
+        drawn |= {"control": "of held-out images", "labels": "those of these images"}
     return Judgement(found.name, found.numbers, found.identity, found.status, {**found.protocol, **drawn})
 
 

@@ -27,6 +27,8 @@ def labels_by(rule: str, classes: int, count: int, seed: int = 0, first: int = 0
     """
     if rule not in RULES:
         raise DitkitError(f"there is no label rule {rule!r}: {near(rule, RULES)}")
+    if count < 1:
+        raise DitkitError(f"at least 1 sample is drawn, not {count}")
     if not classes:
         return None
     ids = torch.arange(first, count)

@@ -12,6 +12,9 @@ from ..config import DitkitError
 
 __all__ = ["Gaussian", "Moments", "frechet_of_gaussians"]
 
+_ROUNDED = 1e-3
+"""A share of the largest number, by which published covariances may be off: some were summed in float32."""
+
 
 @dataclass(frozen=True)
 class Gaussian:
@@ -29,10 +32,15 @@ class Gaussian:
                 f"{list(self.covariance.shape)}"
             )
         for name in ("mean", "covariance"):
-            value = getattr(self, name).detach().double()
+            value = getattr(self, name).detach()
+            if value.is_complex():
+                raise DitkitError(f"the {name} of features must be real, not {value.dtype}")
+            value = value.double()
             if not bool(value.isfinite().all()):
                 raise DitkitError(f"the {name} of features must be finite: there are infinities or NaNs in it")
             object.__setattr__(self, name, value)
+        if float((self.covariance - self.covariance.T).abs().max()) > _ROUNDED * float(self.covariance.abs().max()):
+            raise DitkitError("a covariance is symmetric, and this one is not: is it the right array?")
 
 
 class Moments:
@@ -85,6 +93,11 @@ class Moments:
 def _factor(covariance: Float[Tensor, "d d"]) -> Float[Tensor, "k d"]:
     """R with R^T R = the covariance; eigenvalues that are rounding are left out, as their roots would not be."""
     values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
+    if float(values.min()) < -_ROUNDED * float(values.abs().max()):
+        raise DitkitError(
+            f"a covariance has no negative eigenvalues, and this one has {float(values.min()):.3g} beside "
+            f"{float(values.max()):.3g}: is it the right array?"
+        )
     kept = values > len(values) * torch.finfo(values.dtype).eps * values.abs().max()
     return values[kept].sqrt()[:, None] * vectors[:, kept].T
 

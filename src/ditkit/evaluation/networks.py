@@ -108,6 +108,7 @@ class FidelityInception:
         self.network, self.device, self.sha256 = network.to(device), device, sha256(file)
         self._places: list[Tensor] = []
         if spatial:
+            self.name += ", with places"  # what is kept of a reference without them would leave out sFID
             self.network.Mixed_6d.branch1x1.register_forward_hook(lambda m, x, out: self._places.append(out[:, :7]))
 
     @torch.no_grad()

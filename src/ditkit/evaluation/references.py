@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from ..config import DitkitError
 from ..files import atomic_write, cache_folder, sha256
 from .moments import Gaussian, Moments
 from .networks import Network, Seen
-from .sources import Images, images_of
+from .sources import DAMAGED, Images, images_of
 
 __all__ = ["Reference", "look", "read_statistics", "reference_of_images"]
 
@@ -140,7 +139,7 @@ def _arrays(path: Path) -> dict[str, Tensor]:
         with np.load(path, allow_pickle=False) as file:
             numbers = {k: torch.from_numpy(file[k]) for k in file.files if k in _NAMES}
             return numbers | {k: torch.empty(0) for k in file.files if k not in _NAMES}
-    except (OSError, ValueError, TypeError, zipfile.BadZipFile, SafetensorError) as error:
+    except (*DAMAGED, TypeError, SafetensorError) as error:
         if isinstance(error, DitkitError):
             raise
         raise DitkitError(f"{path} cannot be read as statistics: {error}") from None

@@ -39,7 +39,7 @@ def _centred(samples: Tensor, real: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     x, y = checked_sets(samples, real, least=2)
     if k < 1 or min(len(x), len(y)) <= k:
-        raise DitkitError(f"the {k}-th neighbour needs more than {k} rows in each set, not {len(x)} and {len(y)}")
+        raise DitkitError(f"a {k}-th neighbour needs more than {k} images in each set, not {len(x)} and {len(y)}")
     middle = y.mean(0)
     return x - middle, y - middle
 
