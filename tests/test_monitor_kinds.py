@@ -264,6 +264,23 @@ def test_what_draws_nothing_has_no_window() -> None:
     assert "training and held-out loss part since step 1 (3 evaluations in a row, 95%)" in decide(grows).lines()
 
 
+def test_held_out_samples_that_are_harder_from_the_first_are_not_memorized() -> None:
+    """Seen with PixArt and Drax at step 1; the same samples differ in the same way each time."""
+
+    def rows(*gaps: float) -> list[dict[str, Any]]:
+        looks = zip((1, 2, 4, 8, 16), (3.0, 3.0, 3.0, 0.3, 0.3), gaps, strict=True)
+        return [
+            {"step": step, "heldout_loss": 1.0}
+            | {"levels": [{"t": [0.0, 0.5], "train": loss, "gap": gap, "low": gap - 0.01, "high": gap + 0.01}]}
+            for step, loss, gap in looks
+        ]
+
+    assert decide(rows(0.06, 0.061, 0.062, 0.007, 0.008)).parted is None
+    assert decide(rows(0.0, 0.061, 0.062, 0.063, 0.064)).parted == 2
+    assert decide(rows(0.06, 0.06, 0.06, 0.1, 0.2)).parted is None  # at two looks
+    assert decide([*rows(0.06, 0.06, 0.06, 0.1, 0.2), {**rows(0, 0, 0, 0, 0.3)[-1], "step": 32}]).parted == 8
+
+
 def autoencoder(place: Path) -> Recipe:
     recipe = short(find_recipe(f"autoencoder:{drawn(place / 'pictures', 30)}"))
     return replace(recipe, data=replace(recipe.data, resolution=16, holdout=0.3), model=SMALL)

@@ -32,7 +32,8 @@ class Decisions:
     """By what quality is measured: "kid", or "heldout_loss" where there are no features."""
     parted: int | None
     """The first of three evaluations in which the held-out loss is above the training loss at a level of noise, each
-    time with the whole interval, and by more at the third than at the first."""
+    time with the whole interval, by a larger share of it than at the first look, and by more at the third than at the
+    first."""
     level: tuple[float, float] | None
     """That level: its times t, from and to; 1 is noise."""
     lowest: int | None
@@ -133,6 +134,15 @@ def _parted(rows: Sequence[Row]) -> tuple[int | None, tuple[float, float] | None
             continue
         for k, level in enumerate(some[0]["levels"]):
             levels = [row["levels"][k] for row in some]
-            if all(each["low"] > 0 for each in levels) and levels[-1]["gap"] > levels[0]["gap"]:
+            begun = _difference(having[0]["levels"], k) if len(having[0]["levels"]) == len(some[0]["levels"]) else 0.0
+            apart = all(each["low"] > begun * abs(each.get("train", 0.0)) for each in levels)
+            if apart and levels[-1]["gap"] > levels[0]["gap"]:
                 return some[0]["step"], (level["t"][0], level["t"][1])
     return None, None
+
+
+def _difference(levels: Sequence[Row], k: int) -> float:
+    """By which share of the training loss the held-out samples are harder at a level, if they are: before anything was
+    learned by heart they differ because they are others."""
+    train = abs(levels[k].get("train", 0.0))
+    return max(0.0, levels[k]["gap"]) / train if train else 0.0
