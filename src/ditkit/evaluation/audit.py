@@ -307,7 +307,8 @@ def write_audit(found: Audit, folder: Path) -> list[Path]:
     limits = (
         "Copies are looked for pixel by pixel and in features: parts of training images, and what was moved or "
         "recoloured, may pass, unless descriptors of a network for finding copies are compared, too (--sscd). What was "
-        "not drawn was not seen: with no copy among n samples the share is below 3 / n."
+        "not drawn was not seen: with no copy among n samples the share is below 3 / n. C_T alone also falls where "
+        "samples are of fewer kinds than held-out images, or blurred."
     )
     more = found.similar and _shown(
         "similar.png",
