@@ -98,3 +98,11 @@ def test_with_losses_alone() -> None:
 def test_nothing_decides_nothing() -> None:
     with pytest.raises(ValueError, match="no rows"):
         decide([])
+
+
+def test_losses_of_other_numbers_of_probes_are_not_compared() -> None:
+    rows = [
+        {"step": step, "heldout_loss": loss, "probes": probes}
+        for step, loss, probes in ((1, 0.1, 32), (2, 0.5, 256), (4, 0.4, 256), (8, 0.2, 77), (16, 0.45, 256))
+    ]
+    assert (decide(rows).lowest, decide(rows).generalises) == (4, 4)

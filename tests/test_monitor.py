@@ -275,6 +275,25 @@ def test_it_keeps_its_budget(tmp_path: Path) -> None:
     assert drawn[-1][1] > 64
 
 
+class Priced(Observer):
+    """On its clock each pair of probes takes ten milliseconds, and nothing else any time."""
+
+    now = 0.0
+
+    def _pairs(self, denoiser: Any, count: int) -> Any:
+        self.now += 0.01 * count
+        return super()._pairs(denoiser, count)
+
+
+def test_losses_are_of_no_fewer_probes_than_before() -> None:
+    data = opened()
+    recipe = tiny(probes=200).fitted(data)
+    observer = Priced(recipe, data, recipe.train.monitor, clock=lambda: observer.now)
+    pipeline = Planted(recipe, data.train.batch(torch.arange(64)).data)
+    rows = [observer.observe(pipeline, step, allowed) for step, allowed in ((1, 3.0), (2, 1.0), (3, 0.7), (4, 9.0))]
+    assert [found and found.row.get("probes") for found in rows] == [99, 99, None, 200]
+
+
 def test_the_last_look_saves_no_time() -> None:
     data = opened()
     recipe = tiny(samples=512, probes=64).fitted(data)

@@ -92,8 +92,8 @@ def decide(rows: Sequence[Row]) -> Decisions:
     sampled = [row for row in rows if row.get("f_mem") is not None]
     copies = next((r["step"] for r in sampled if r["f_mem_low"] > r.get("floor_high", r["floor"]) + MARGIN), None)
     measure = "kid" if any(row.get("kid") is not None for row in rows) else "heldout_loss"
-    judged = [row for row in rows if row.get(measure) is not None]
-    losses = [row for row in rows if row.get("heldout_loss") is not None]
+    losses = _alike([row for row in rows if row.get("heldout_loss") is not None])
+    judged = [row for row in rows if row.get("kid") is not None] if measure == "kid" else losses
     parted, level = _parted(rows)
     generalises = _generalises(judged, measure)
     window = [
@@ -114,6 +114,12 @@ def decide(rows: Sequence[Row]) -> Decisions:
         searched=sampled[-1]["step"] if sampled else None,
         ceiling=None if seen is None or copies is not None else 3 / seen,
     )
+
+
+def _alike(rows: Sequence[Row]) -> list[Row]:
+    """Those of the most probes: means over other numbers of them do not compare."""
+    most = max((row.get("probes", 0) for row in rows), default=0)
+    return [row for row in rows if row.get("probes", 0) == most]
 
 
 def _generalises(rows: Sequence[Row], measure: str) -> int | None:

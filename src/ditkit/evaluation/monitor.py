@@ -103,6 +103,7 @@ class Observer:
         self.mirrors = mirrors(data.train)
         self.index = self._index() if continuous else None
         self.floor: dict[str, FMem] = {}
+        self.probed = 0  # pairs of probes at the last look
         self.sampled = 0  # the last step with samples
         self.features: Features | None = None
         self.of_training: Index | None = None
@@ -162,13 +163,17 @@ class Observer:
         """Losses of training and held-out samples with the same times and noises, by level of noise.
 
         They take a part of the time that is left, and leave what is kept for samples; or what the fewest pairs need.
+        Nothing with time for fewer pairs than before, whose means would not compare; None with time for none.
         """
         wanted = min(len(probes) for probes in self.probes)
         left = end - self.clock()
         least = min(_LEAST, wanted)
         if self.prices.room("probe", left) < least:
             return None
-        count = min(wanted, max(least, self.prices.room("probe", min(part * left, left - kept))))
+        count = min(wanted, max(least, self.prices.room("probe", min(part * left, left - kept)), self.probed))
+        if self.prices.room("probe", left) < count:
+            return {}
+        self.probed = count
         with self.prices.measure("probe", count):
             train, heldout, t, probe = self._pairs(denoiser, count)
         order = torch.argsort(t, stable=True)
