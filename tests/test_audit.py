@@ -60,7 +60,7 @@ def test_planted_copies_are_found_and_new_digits_are_none(tmp_path: Path) -> Non
     assert copies.numbers["c_t_features"] > -3  # noise is far in features: each space sees what the other does not
     assert copies.numbers["authentic"] < 0.1
     assert not copies.passed
-    assert copies.indices.max() < 100
+    assert copies.nearest.training.max() < 100
     fresh = Digits().open().heldout.batch(torch.arange(1, 1000, 5)).data  # none of the 200 that are compared with
     new = audit(saved(fresh, tmp_path / "new.npz"), data, size=32)
     assert new.numbers["f_mem"] < 0.01
@@ -122,7 +122,8 @@ def test_copies_too_few_to_fail_are_said(tmp_path: Path) -> None:
     found = audit(saved(some, tmp_path / "x.npz"), data, size=32)
     assert found.passed
     assert "and yet 0.99% of the samples are copies by f_mem in pixels" in found.verdict
-    assert found.indices[0] == 7
+    assert found.nearest.training[0] == 7
+    assert found.nearest.rows()[0] == {"sample": "0", "training": 7, "d1 / d2": 0.0}
 
 
 def test_mirrored_redrawings_count_where_training_mirrors(tmp_path: Path) -> None:
@@ -199,12 +200,12 @@ def test_authentic() -> None:
 
 def test_images_from_files(tmp_path: Path) -> None:
     images = digits().train.batch(torch.arange(30)).data
-    assert torch.equal(read_images(saved(images, tmp_path / "a.npz"), (1, 28, 28)), images)
+    assert torch.equal(read_images(saved(images, tmp_path / "a.npz"), (1, 28, 28)).pixels, images)
     np.save(tmp_path / "b.npy", images.numpy())
-    assert torch.equal(read_images(tmp_path / "b.npy", (1, 28, 28)), images)
+    assert torch.equal(read_images(tmp_path / "b.npy", (1, 28, 28)).pixels, images)
     with pytest.raises(DitkitError, match=r"are \[1, 28, 28\], and the training images are \[1, 32, 32\]: read"):
         read_images(tmp_path / "a.npz", (1, 32, 32))
-    with pytest.raises(DitkitError, match="is neither a folder of images"):
+    with pytest.raises(DitkitError, match="there is no run and there are no images at"):
         read_images(tmp_path / "c", (1, 28, 28))
     (tmp_path / "d.npz").write_bytes(b"nothing")
     with pytest.raises(DitkitError, match=r"is no \.npz that can be read"):
@@ -214,10 +215,19 @@ def test_images_from_files(tmp_path: Path) -> None:
     for k, name in enumerate(("a", "deep/b", "deep/er/c")):
         Image.fromarray(images[k, 0].numpy()).save(folder / f"{name}.png")
     (folder / "deep" / "loop").symlink_to(folder)
-    assert torch.equal(read_images(folder, (1, 28, 28)), images[:3])
-    assert read_images(folder, (3, 14, 14)).shape == (3, 3, 14, 14)
+    read = read_images(folder, (1, 28, 28))
+    assert torch.equal(read.pixels, images[:3])
+    assert (read.names, read.changed) == (("a.png", "deep/b.png", "deep/er/c.png"), 0)
+    read = read_images(folder, (3, 14, 14))
+    assert (read.pixels.shape, read.changed) == ((3, 3, 14, 14), 3)
     with pytest.raises(DitkitError, match=r"a.png is \[1, 28, 28\], and the training images are \[1, 14, 36\]"):
         read_images(folder, (1, 14, 36))
+    coloured = images[0].expand(3, -1, -1).clone()
+    coloured[2, 5, 5] = 255 - coloured[0, 5, 5]
+    Image.fromarray(coloured.permute(1, 2, 0).numpy()).save(folder / "red.png")
+    with pytest.raises(DitkitError, match=r"red.png is in colour, and the training images are grey"):
+        read_images(folder, (1, 28, 28))
+    assert read_images(folder, (3, 28, 28)).names[-1] == "red.png"
     (folder / "e.png").write_bytes(b"nothing")
     with pytest.raises(DitkitError, match=r"e.png: not an image of the accepted formats: mend the file, or remove it"):
         read_images(folder, (1, 28, 28))
@@ -236,8 +246,13 @@ def test_the_command_on_images(ditkit: Command, tmp_path: Path) -> None:
     assert report["passed"] is True
     assert (tmp_path / "report" / "nearest.png").exists()
     assert "or their mirror images" in report["protocol"]["copies"]
+    saved(noisy(digits(300).train.batch(torch.arange(100)).data), tmp_path / "copies.npz")
+    done = ditkit("audit", tmp_path / "copies.npz", *data, "--out", tmp_path / "copied")
+    assert (done.returncode, "there are signs of copying" in done.stderr) == (3, True)
     bad = ditkit("audit", tmp_path / "new.npz")
     assert (bad.returncode, "say what the images' model was trained on" in bad.stderr) == (1, True)
+    bad = ditkit("audit", tmp_path / "nowhere", "--train", "digits")
+    assert (bad.returncode, "there is no run and there are no images at" in bad.stderr) == (1, True)
     bad = ditkit("audit", tmp_path / "new.npz", "--train", "digits", "--steps", "5")
     assert (bad.returncode, "leave out --steps" in bad.stderr) == (1, True)
     bad = ditkit("audit", tmp_path / "new.npz", "--train", "digits", "--samples", "5")
@@ -254,13 +269,15 @@ def test_the_command_on_a_run(tiny: Recipe, ditkit: Command, tmp_path: Path) -> 
     recipe = replace(tiny, data=data, train=settings, evaluate=Evaluate(size=32))
     train(recipe, tmp_path / "run", quiet=True)
     done = ditkit("audit", tmp_path / "run", "--samples", "40", "--steps", "2")
-    assert done.returncode in (0, 1), done.stderr  # two steps of training may draw anything but copies
+    assert done.returncode in (0, 3), done.stderr  # two steps of training may draw anything but copies
     report = json.loads((tmp_path / "run" / "audit" / "report.json").read_text())
     drawn = report["protocol"]
     assert (report["f_mem"], drawn["samples"], drawn["sampling"]["steps"]) == (0.0, 40, 2)
     assert drawn["sampling"]["solver"]["type"].startswith("solver/")
     assert "step-00000002/ema-" in drawn["checkpoint"]
     assert report["passed"] is (done.returncode == 0)
+    assert "none among 40 samples: below 7.50%; held-out 0.00%" in done.stdout
+    assert {*report["nearest"][0]} == {"sample", "training", "d1 / d2"}
     for count in ("0", "-5", "19"):
         bad = ditkit("audit", tmp_path / "run", "--samples", count)
         assert (bad.returncode, f"at least 20 images, not {count}" in bad.stderr) == (1, True), bad.stderr
@@ -291,11 +308,13 @@ def test_descriptors_find_copies_that_were_moved(ditkit: Command, tmp_path: Path
     assert found.numbers["sscd_95"] > 0.9 > 0.6 > found.numbers["sscd_95_heldout"]
     assert [fine for _, _, fine in found.verdicts] == [True, True, False, True]
     assert found.similar is not None
-    assert sorted(found.similar.indices.tolist())[-1] < 40
-    assert found.similar.cosines[0] >= found.similar.cosines[-1] > 0.5
+    assert sorted(found.similar.training.tolist())[-1] < 40
+    assert found.similar.scores[0] >= found.similar.scores[-1] > 0.5
     assert found.protocol["sscd"]["status"].startswith("unproven")
     pages = write_audit(found, tmp_path / "report")
     assert {"nearest.png", "similar.png"} <= {page.name for page in pages}
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert all(int(row["sample"]) == row["training"] and row["cosine"] > 0.5 for row in report["similar"])
 
     torch.jit.save(torch.jit.script(torch.nn.Identity()), str(tmp_path / "other.pt"))
     for name, says in (

@@ -89,7 +89,7 @@ def test_help_is_there_for_every_command(ditkit: Command, ditkit_process: Comman
         ("train digits --model.patch-size 5", "not tiled by patches of 5"),
         ("train folder:nowhere", "nowhere"),
         ("sample nowhere", "there is no run or checkpoint at nowhere"),
-        ("evaluate nowhere", "nowhere is not a run"),
+        ("evaluate nowhere", "there is no run at nowhere"),
         ("plan dit_xl_3", "unknown model 'dit_xl_3': did you mean dit_xl_"),
         ("plan dit_xl_2 --resolution 33", "not tiled"),
         ("plan dit_xl_2 --batch 0", "at least 1"),

@@ -106,3 +106,24 @@ def test_losses_of_other_numbers_of_probes_are_not_compared() -> None:
         for step, loss, probes in ((1, 0.1, 32), (2, 0.5, 256), (4, 0.4, 256), (8, 0.2, 77), (16, 0.45, 256))
     ]
     assert (decide(rows).lowest, decide(rows).generalises) == (4, 4)
+
+
+def test_what_was_never_worse_is_not_called_generalising() -> None:
+    grey = decide(rows(kid=(6.46,) * 6))
+    assert grey.generalises is None
+    assert grey.best is not None
+    assert not any(line.startswith("generalising") for line in grey.lines())
+
+
+def test_copies_are_no_quality() -> None:
+    """KID is the better the more is copied; what counts is what came before."""
+    found = decide(rows(kid=(5.0, 2.0, 1.5, 1.0, 0.1, 0.01)))
+    assert (found.copies, found.generalises, found.best) == (1600, 800, 800)
+    late = decide(rows(kid=(None, None, None, None, 0.1, 0.01)))  # features came after the first copies
+    assert (late.measure, late.generalises, late.best) == ("heldout_loss", 400, 400)
+
+
+def test_the_best_is_where_copies_were_looked_for() -> None:
+    looked = (0.0, None, None, 0.0, 0.2, 0.7)
+    found = decide(rows(f_mem=looked, kid=(None,) * 6))
+    assert (found.measure, found.generalises, found.best) == ("heldout_loss", 400, 800)

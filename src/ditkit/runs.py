@@ -204,6 +204,8 @@ class Run:
     def recipe(self) -> Recipe:
         """The fitted recipe. Raises DitkitError if the folder holds no run."""
         path = self.folder / "recipe.json"
+        if not self.folder.exists():
+            raise DitkitError(f"there is no run at {self.folder}")
         try:
             return Recipe.from_json(path.read_text(), str(path))
         except (OSError, UnicodeDecodeError) as error:

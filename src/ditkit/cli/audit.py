@@ -17,7 +17,7 @@ __all__ = ["arguments", "run"]
 def arguments(parser: argparse.ArgumentParser) -> None:
     """What is not given is as the run's recipe has it."""
     parser.usage = "ditkit audit RUN | ditkit audit IMAGES --train DATA [--data.FIELD VALUE ...] [--out FOLDER]"
-    parser.epilog = "The exit status is 1 where signs of copying were found."
+    parser.epilog = "The exit status is 3 where signs of copying were found, and 1 for an error."
     parser.add_argument(
         "what", metavar="RUN|IMAGES", type=Path, help="a run, a folder of images, or a .npz or .npy file"
     )
@@ -57,6 +57,8 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
         found = audit(pipeline, data, size=size, **options, **settings)
         found = replace(found, title=f"{args.what.resolve().name}, {found.title}")
     else:
+        if not args.what.exists():
+            raise DitkitError(f"there is no run and there are no images at {args.what}")
         if args.train is None:
             raise DitkitError(f"{args.what} is no run: say what the images' model was trained on, with --train DATA")
         if settings:
@@ -75,5 +77,5 @@ def run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     print("written: " + ", ".join(str(path) for path in written))
     if not found.passed:
         print("ditkit: there are signs of copying", file=sys.stderr)
-        return 1
+        return 3
     return 0

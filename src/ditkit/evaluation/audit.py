@@ -20,10 +20,9 @@ from ..config import DitkitError
 from ..data import Dataset, Split
 from ..models import ControlConfig
 from ..pipeline import Pipeline
-from ..report import Listing, Picture, Report, Section, Table, Value, number, provenance, write
+from ..report import Listing, Report, Section, Table, Value, number, provenance, write
 from ..rng import Rng
 from ..shards import mirrors
-from ..sheet import beside, rendered
 from .copying import authentic, copy_test, most_similar
 from .decisions import MARGIN
 from .distances import kernel_distance
@@ -33,6 +32,7 @@ from .measure import features_protocol, sampling_protocol
 from .memorization import memorized, share_of
 from .neighbours import Index, Near, mirrored
 from .networks import SSCD
+from .pairs import Pairs, pairs_of
 
 __all__ = ["Audit", "audit", "write_audit"]
 
@@ -52,29 +52,15 @@ _MANY = 1024  # images whose vectors are in memory at a time
 
 
 @dataclass(frozen=True)
-class Similar:
-    """Samples, each before the training image whose descriptor is most similar, the most similar first."""
-
-    pairs: UInt8[Tensor, "k c h w"]
-    cosines: Float[Tensor, "j"]
-    indices: Int[Tensor, "j"]
-
-
-@dataclass(frozen=True)
 class Audit:
-    """What was found: numbers, how they were obtained, verdicts (what, found, whether in order), and the nearest pairs.
-
-    pairs: samples, each before the training image nearest to it, the nearest first; ratios: d1 / d2 of these.
-    """
+    """What was found: numbers, how they were obtained, verdicts (what, found, whether in order), the nearest pairs."""
 
     title: str
     numbers: dict[str, float]
     protocol: dict[str, Any]
     verdicts: tuple[tuple[str, str, bool], ...]
-    pairs: UInt8[Tensor, "k c h w"]
-    ratios: Float[Tensor, "j"]
-    indices: Int[Tensor, "j"]
-    similar: Similar | None = None
+    nearest: Pairs
+    similar: Pairs | None = None
     """The same by SSCD's descriptors, where their network was given."""
 
     @property
@@ -86,6 +72,11 @@ class Audit:
     def verdict(self) -> str:
         """What was found, in a sentence: a few copies are said, even where they are too few to fail."""
         if not self.passed:
+            if all(fine for _, _, fine in self.verdicts[:-1]):
+                return (
+                    "There are signs of copying, by C_T alone: samples are nearer to training images than held-out "
+                    "ones are, as samples of fewer kinds or blurred ones are, too: look at the pairs."
+                )
             return "There are signs of copying: look at the pairs."
         for name, how in _COPIES.items():
             found, floor = self.numbers.get(name, 0.0), self.numbers.get(f"{name}_floor", 0.0)
@@ -140,12 +131,17 @@ def audit(
         asked = what.asked(data.train.batch(some[torch.arange(samples) % len(some)]))
         images = what.sample(**asked, count=samples, seed=seed, **settings)
         protocol |= sampling_protocol(what, what.settings(**settings), samples, seed)
+        names = tuple(map(str, range(samples)))
         protocol["labels"] = f"{next(iter(asked))}s of training images" if asked else "none"
     else:
         title = Path(what).name
         say("reading the images")
-        images = read_images(what, data.shape)
+        read = read_images(what, data.shape)
+        images, names = read.pixels, read.names
         protocol["images"] = title
+        if read.changed:
+            say(f"{read.changed} of {len(names)} images were cropped or scaled to {list(data.shape)}")
+            protocol["cropped_or_scaled"] = read.changed
     _least(len(images))
     protocol["samples"] = len(images)
     held = torch.cat(list(examples(data.heldout, max(1000, len(images)), name="audit")))
@@ -209,7 +205,7 @@ def audit(
     more = None
     if descriptor is not None:
         say("comparing descriptors")
-        found, more = _described(descriptor, images, held, data.train, different)
+        found, more = _described(descriptor, images, names, held, data.train, different)
         numbers |= found
         protocol["sscd"] = {
             "network": descriptor.name,
@@ -220,23 +216,21 @@ def audit(
 
     ratios = near.d1 / near.d2.clamp(min=torch.finfo(near.d2.dtype).tiny)  # two training images may be equally near
     order = torch.argsort(ratios)[:SHOWN]
-    pairs = beside(images[order], data.train.batch(near.nearest[order]).data)
+    pairs = pairs_of(images, names, data.train, order, near.nearest[order], "d1 / d2", ratios[order])
     numbers["seconds"] = time.perf_counter() - begun
     return Audit(
         title,
         numbers,
         protocol | provenance(),
-        _verdicts(numbers),
+        _verdicts(numbers, len(images)),
         pairs,
-        ratios[order],
-        near.nearest[order],
         more,
     )
 
 
 def _described(
-    network: SSCD, images: Tensor, held: Tensor, train: Split, ids: Int[Tensor, "k"]
-) -> tuple[dict[str, float], Similar]:
+    network: SSCD, images: Tensor, names: tuple[str, ...], held: Tensor, train: Split, ids: Int[Tensor, "k"]
+) -> tuple[dict[str, float], Pairs]:
     """What descriptors say of samples, of held-out images the same, and the most similar pairs."""
     sampled, reference = (torch.cat([network(x).features for x in part.split(_AT_ONCE)]) for part in (images, held))
     known = torch.cat([network(train.batch(part).data).features for part in ids.split(_AT_ONCE)])
@@ -251,17 +245,23 @@ def _described(
         "sscd_95_heldout": float(usual.quantile(0.95)),
     }
     order = torch.argsort(cosine, descending=True)[:SHOWN]
-    nearest = ids[which[order]]
-    return numbers, Similar(beside(images[order], train.batch(nearest).data), cosine[order], nearest)
+    return numbers, pairs_of(images, names, train, order, ids[which[order]], "cosine", cosine[order])
 
 
-def _verdicts(numbers: dict[str, float]) -> tuple[tuple[str, str, bool], ...]:
+def _share(n: dict[str, float], name: str, samples: int) -> str:
+    """A share of copies with its interval; of none what can be said."""
+    if n[name] == 0:
+        return f"none among {samples:,} samples: below {min(1.0, 3 / samples):.2%}"
+    return f"{n[name]:.2%} of {samples:,} samples, {n[f'{name}_low']:.2%} to {n[f'{name}_high']:.2%}"
+
+
+def _verdicts(numbers: dict[str, float], samples: int) -> tuple[tuple[str, str, bool], ...]:
     """What must hold of a model that copies nothing."""
     n = numbers
     copies = tuple(
         (
-            f"the share of copies by {how} is not above that of held-out images by more than {MARGIN:.0%} (95%)",
-            f"{n[name]:.2%} ({n[f'{name}_low']:.2%} to {n[f'{name}_high']:.2%}) against {n[f'{name}_floor']:.2%}",
+            f"copies by {how}: the lower end (95%) is at most {MARGIN:.0%} above their share of held-out images",
+            f"{_share(n, name, samples)}; held-out {n[f'{name}_floor']:.2%}",
             n[f"{name}_low"] <= n[f"{name}_floor"] + MARGIN,
         )
         for name, how in _COPIES.items()
@@ -310,38 +310,20 @@ def write_audit(found: Audit, folder: Path) -> list[Path]:
         "not drawn was not seen: with no copy among n samples the share is below 3 / n. C_T alone also falls where "
         "samples are of fewer kinds than held-out images, or blurred."
     )
-    more = found.similar and _shown(
-        "similar.png",
-        "whose descriptor is most similar",
-        found.similar.pairs,
-        "cosines",
-        found.similar.cosines,
-        found.similar.indices,
-    )
+    more = found.similar and found.similar.shown("similar.png", "whose descriptor is most similar")
     sections = (
         Section("Verdict", (found.verdict, Table(("what must hold", "what came", ""), found.verdicts), limits)),
         Section("Numbers", (Table(("number", "value", "what it means"), rows),)),
         Section(
             "The samples nearest to training images",
-            _shown("nearest.png", "nearest to it", found.pairs, "d1 / d2", found.ratios, found.indices),
+            found.nearest.shown("nearest.png", "nearest to it"),
         ),
         *(() if more is None else (Section("The samples most similar to training images, by SSCD", more),)),
         Section("Protocol", (Listing(found.protocol),)),
     )
-    data = {**found.numbers, "passed": found.passed, "protocol": found.protocol}
+    data = {**found.numbers, "passed": found.passed, "nearest": found.nearest.rows(), "protocol": found.protocol}
+    data |= {} if found.similar is None else {"similar": found.similar.rows()}
     return write(Report(f"Audit of {found.title}", sections, data), folder)
-
-
-def _shown(
-    name: str, which: str, pairs: Tensor, score: str, scores: Float[Tensor, "j"], indices: Int[Tensor, "j"]
-) -> tuple[str | Picture, ...]:
-    """The pairs of a report, with their scores and the numbers of the training images."""
-    return (
-        f"Each sample is followed by the training image {which}; the ones most like a copy first.",
-        Picture(name, f"samples and the training images {which}", rendered(pairs, ".png", 16)),
-        f"{score}: {', '.join(f'{value:.2f}' for value in scores.tolist())}",
-        f"numbers of the training images: {', '.join(map(str, indices.tolist()))}",
-    )
 
 
 def _vectors(images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:

@@ -27,7 +27,8 @@ class Decisions:
     """Steps at which something was first seen; None for what was not (yet)."""
 
     generalises: int | None
-    """The first quality within 10% of the best, or within its standard error."""
+    """The first quality within 10% of the best before `copies`, or within its standard error; None where the first of
+    all is: what was never worse says nothing of when it became good."""
     measure: str
     """By what quality is measured: "kid", or "heldout_loss" where there are no features."""
     parted: int | None
@@ -41,8 +42,7 @@ class Decisions:
     copies: int | None
     """The first f_mem whose interval lies above that of the floor by 1%."""
     best: int | None
-    """The best quality between the first and the last good step: after `generalises` and before `copies`; None where
-    copies were not looked for."""
+    """The best quality before `copies`, among the evaluations in which these were looked for."""
     last: int
     """The last evaluation."""
     searched: int | None
@@ -91,25 +91,22 @@ def decide(rows: Sequence[Row]) -> Decisions:
         raise ValueError("there are no rows to decide by")
     sampled = [row for row in rows if row.get("f_mem") is not None]
     copies = next((r["step"] for r in sampled if r["f_mem_low"] > r.get("floor_high", r["floor"]) + MARGIN), None)
-    measure = "kid" if any(row.get("kid") is not None for row in rows) else "heldout_loss"
     losses = _alike([row for row in rows if row.get("heldout_loss") is not None])
-    judged = [row for row in rows if row.get("kid") is not None] if measure == "kid" else losses
     parted, level = _parted(rows)
-    generalises = _generalises(judged, measure)
-    window = [
-        row
-        for row in judged
-        if generalises is not None and row["step"] >= generalises and (copies is None or row["step"] < copies)
-    ]
+    # copies have a good quality, too
+    before, kid = ([r for r in some if copies is None or r["step"] < copies] for some in (losses, rows))
+    kid = [row for row in kid if row.get("kid") is not None]
+    measure, judged = ("kid", kid) if kid else ("heldout_loss", before)
+    window = [row for row in judged if row.get("f_mem") is not None]
     seen = sampled[-1]["samples"] if sampled and sampled[-1]["f_mem"] == 0 else None
     return Decisions(
-        generalises=generalises,
+        generalises=_generalises(judged, measure),
         measure=measure,
         parted=parted,
         level=level,
         lowest=min(losses, key=lambda row: row["heldout_loss"])["step"] if losses else None,
         copies=copies,
-        best=min(window, key=lambda row: row[measure])["step"] if window and sampled else None,
+        best=min(window, key=lambda row: row[measure])["step"] if window else None,
         last=rows[-1]["step"],
         searched=sampled[-1]["step"] if sampled else None,
         ceiling=None if seen is None or copies is not None else 3 / seen,
@@ -123,12 +120,13 @@ def _alike(rows: Sequence[Row]) -> list[Row]:
 
 
 def _generalises(rows: Sequence[Row], measure: str) -> int | None:
-    """The first row whose quality is as good as the best."""
+    """The first row whose quality is as good as the best, if one before it was worse."""
     if not rows:
         return None
     best = min(rows, key=lambda row: row[measure])
     slack = max(WITHIN * abs(best[measure]), best.get(f"{measure}_error") or 0.0)
-    return next(row["step"] for row in rows if row[measure] <= best[measure] + slack)
+    first = next(row["step"] for row in rows if row[measure] <= best[measure] + slack)
+    return first if first > rows[0]["step"] else None
 
 
 def _parted(rows: Sequence[Row]) -> tuple[int | None, tuple[float, float] | None]:

@@ -121,6 +121,7 @@ def judge_run(
     and for a model that draws no images.
     """
     pipeline = load(run, device=device)
+    protocol.network(device_of(device))  # what it lacks is said before anything is drawn
     if len(pipeline.shape) != 3:
         raise DitkitError(f"protocols measure images, and this model draws what has the shape {list(pipeline.shape)}")
     rule = labels or (protocol.labels if protocol.labels in RULES else "in_turn")
