@@ -33,6 +33,7 @@ from .memorization import memorized, share_of
 from .neighbours import Index, Near, mirrored
 from .networks import SSCD
 from .pairs import Pairs, pairs_of
+from .protocols import UNPROVEN
 
 __all__ = ["Audit", "audit", "write_audit"]
 
@@ -211,7 +212,7 @@ def audit(
             "network": descriptor.name,
             "sha256": descriptor.sha256,
             "training": len(different),
-            "status": "unproven: never held against published numbers",
+            "status": UNPROVEN,
         }
 
     ratios = near.d1 / near.d2.clamp(min=torch.finfo(near.d2.dtype).tiny)  # two training images may be equally near

@@ -19,7 +19,7 @@ from .heldout import original
 from .labels import RULES, labels_by
 from .measure import CAPTIONS, draw, sampling_protocol
 from .networks import Network
-from .protocols import Evaluator, Number, identity, parts
+from .protocols import UNPROVEN, Evaluator, Number, identity, parts
 from .references import Reference, look, read_statistics, reference_of_images
 from .sources import Images, has_images, images_in_memory, images_of, images_of_split
 
@@ -63,7 +63,18 @@ def judge(
     what a network sees of reference images is kept. say: gets a line when something begins. Raises DitkitError for
     what the protocol lacks, and for images that do not compare.
     """
-    network = protocol.network(device_of(device))
+    return _judged(protocol, protocol.network(device_of(device)), images, reference, cache, say)
+
+
+def _judged(
+    protocol: Evaluator,
+    network: Network,
+    images: Images,
+    reference: str | Path | Dataset | Images,
+    cache: str,
+    say: Callable[[str], None],
+) -> Judgement:
+    """As `judge`, with a network that is there."""
     say("looking at the reference")
     against = _reference(network, reference, cache)
     say(f"looking at {images.source}")
@@ -80,7 +91,7 @@ def judge(
         "reference_sha256": against.sha256,
         "images": images.source,
         "images_count": len(seen.features),
-        "status": f"proven: {protocol.proof}" if protocol.proof else "unproven: never held against published numbers",
+        "status": f"proven: {protocol.proof}" if protocol.proof else UNPROVEN,
         **provenance(),
     }
     one = identity(protocol, network, against, len(seen.features))
@@ -121,7 +132,7 @@ def judge_run(
     and for a model that draws no images.
     """
     pipeline = load(run, device=device)
-    protocol.network(device_of(device))  # what it lacks is said before anything is drawn
+    network = protocol.network(device_of(device))  # what it lacks is said before anything is drawn
     if len(pipeline.shape) != 3:
         raise DitkitError(f"protocols measure images, and this model draws what has the shape {list(pipeline.shape)}")
     rule = labels or (protocol.labels if protocol.labels in RULES else "in_turn")
@@ -139,7 +150,7 @@ def judge_run(
         _, given = pipeline.like(own.heldout, count)
     say(f"drawing {count} samples")
     images = _drawn(pipeline, given, count, seed, settings)
-    found = judge(protocol, images, against, device=device, cache=cache, say=say)
+    found = _judged(protocol, network, images, against, cache, say)
     drawn = sampling_protocol(pipeline, pipeline.settings(**settings), count, seed)
     drawn["labels"] = CAPTIONS if pipeline.captioned else RULES[rule] if asked is not None else "none"
     if controlled:

@@ -31,10 +31,8 @@ class Pairs:
     def shown(self, file: str, which: str) -> tuple[str | Picture | Table, ...]:
         """The picture, and a table that says what its pairs are, row by row of eight pairs."""
         rows = tuple(
-            (str(k + 1), sample, f"{image:,}", number(score))
-            for k, (sample, image, score) in enumerate(
-                zip(self.samples, self.training.tolist(), self.scores.tolist(), strict=True)
-            )
+            (str(k), row["sample"], f"{row['training']:,}", number(row[self.score]))
+            for k, row in enumerate(self.rows(), start=1)
         )
         return (
             f"Each sample is followed by the training image {which}; the ones most like a copy first, eight in a row.",

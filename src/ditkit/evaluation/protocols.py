@@ -31,9 +31,11 @@ from .networks import (
 from .references import Reference
 from .sets import density_coverage, inception_score, precision_recall, vendi_score
 
-__all__ = ["Evaluator", "Number", "identity"]
+__all__ = ["UNPROVEN", "Evaluator", "Number", "identity"]
 
 Number = float | Estimate | Interval
+UNPROVEN = "unproven: never held against published numbers"
+"""What a protocol's report says of numbers without a proof."""
 _INCEPTION = "weights-inception-2015-12-05-6726825d.pth of torch-fidelity"
 _SCRIPT = "inception-2015-12-05.pt of NVIDIA, a TorchScript"
 
